@@ -1,0 +1,42 @@
+# fp8rl on a CPU: `make demo` from a fresh clone needs Python 3.11, git, make and a C++ compiler.
+SHELL := /bin/bash
+PYTHON ?= python3.11
+BIN := .venv/bin
+STAMP := .venv/.installed
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+
+ifndef RUN
+RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
+endif
+
+.PHONY: setup demo test lint
+
+## make .venv with everything that is pinned; does nothing when it is up to date
+setup: $(STAMP)
+
+$(STAMP): requirements/torch.txt requirements/cpu.txt pyproject.toml
+	@command -v $(PYTHON) > /dev/null || \
+	  { echo "fp8rl needs Python 3.11: '$(PYTHON)' is not on the PATH (or: make PYTHON=...)"; exit 1; }
+	@echo "installing the pinned CPU environment into .venv (3.7 GB, a minute or two)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --no-deps -r requirements/torch.txt || { \
+	  echo "*** No CPU build of torch in the configured indexes; taking it from $(TORCH_INDEX)"; \
+	  $(BIN)/pip install --quiet --no-deps --index-url $(TORCH_INDEX) -r requirements/torch.txt; }
+	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $(STAMP)
+
+## run RL with FP8 rollouts and show what happened; RUN=folder chooses where
+demo: setup
+	@echo "run folder: $(RUN)"
+	$(BIN)/fp8rl train examples/grpo.yaml run_dir=$(RUN)
+
+## the checks of `make lint`, then every test
+test: lint
+	$(BIN)/python -m pytest -q
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p fp8rl
+	$(BIN)/lint-imports

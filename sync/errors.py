@@ -1,0 +1,25 @@
+"""Errors of the sync room.
+
+``ValueError``s say that what was sent does not fit; ``RuntimeError``s that the world failed.
+After any of them the engine serves nothing until a good update lands.
+"""
+
+
+class ManifestError(ValueError):
+    """A manifest is malformed, or does not fit the engine's model or its last version."""
+
+
+class SourceError(ValueError):
+    """A weight source does not yield what the plan or its own metadata announced."""
+
+
+class SegmentError(RuntimeError):
+    """A shared-memory segment cannot be created, attached or is of another size."""
+
+
+class CorruptTensorError(RuntimeError):
+    """The bytes received differ from those that were sent (digest), or hold NaN or Inf."""
+
+
+class ReadBackError(RuntimeError):
+    """After an update the engine does not hold exactly what was sent."""

@@ -1,0 +1,164 @@
+"""The configuration: what is wrong is named with its key, what was found and what would do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fp8rl.config import RunConfig, dump_config, load_config, parse_config
+from fp8rl.correction import MIS, TIS, NoCorrection
+from fp8rl.errors import ConfigError
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text("")
+    return path
+
+
+def test_an_empty_file_is_the_default_run(empty: Path) -> None:
+    config = load_config(empty)
+    assert config == RunConfig()
+    assert config.rollout.precision == "fp8-kv"
+    assert config.correction == TIS(level="token", cap=2.0)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["correction.kind=mis", "correction.high=3", "seed=7"],
+        ["correction.kind=none", "task.operations=[sum]", "trainer.learning_rate=1e-4"],
+    ],
+)
+def test_a_dumped_config_reads_back_the_same(
+    empty: Path, tmp_path: Path, overrides: list[str]
+) -> None:
+    config = load_config(empty, overrides)
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(config))
+    assert load_config(again) == config
+
+
+def test_overrides_replace_the_values_of_the_file(empty: Path) -> None:
+    empty.write_text("steps: 5\nmodel:\ncorrection: {kind: mis, low: 0.25}\n")
+    config = load_config(empty, ["steps=6", "model.num_layers=2", "correction.high=4"])
+    assert (config.steps, config.model.num_layers) == (6, 2)
+    assert config.correction == MIS(low=0.25, high=4)
+
+
+def test_the_kind_chooses_the_correction(empty: Path) -> None:
+    assert load_config(empty, ["correction.kind=none"]).correction == NoCorrection()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stepz=3", "unknown key 'stepz'; did you mean 'steps'?"),
+        ("modle.num_layers=3", "unknown key 'modle'; did you mean 'model'?"),
+        ("rollout.temprature=1", "unknown key 'rollout.temprature'; did you mean 'temperature'?"),
+        ("loss.clip_hihg=1", "unknown key 'loss.clip_hihg'; did you mean 'clip_high'?"),
+        ("correction.kind=tsi", "correction: .*'tsi'.*'none', 'tis', 'mis'"),
+        ("correction.kind=", "correction: "),
+        ("correction.cap=0", r"^[^;]*correction\.cap: .*found 0"),
+        ("model.hidden_size=200", "model: hidden_size is 200, not a multiple of 128.*use 256"),
+        ("model.hidden_size=", "model.hidden_size: .*found None"),
+        ("model.head_dim=96", "num_kv_heads x head_dim is 192"),
+        ("model.num_kv_heads=3", "num_kv_heads"),
+        ("trainer.tensor_parallel=3", "trainer.tensor_parallel is 3"),
+        ("trainer.pipeline_parallel=3", "trainer.pipeline_parallel is 3"),
+        ("trainer.minibatches=3", "trainer.minibatches is 3"),
+        ("rollout.precision=fp4", "rollout.precision: .*'fp8-kv'.*found 'fp4'"),
+        ("rollout.samples_per_prompt=1", "rollout.samples_per_prompt: .*found 1"),
+        ("rollout.temperature=0", "rollout.temperature: .*found 0"),
+        ("trainer.learning_rate=.inf", "trainer.learning_rate: .*finite"),
+        ("trainer.learning_rate=.nan", "trainer.learning_rate: "),
+        ("steps=many", "steps: .*found 'many'"),
+        ("steps=0", "steps: .*found 0"),
+        ("task.min_digits=9", "min_digits 9 > max_digits 5"),
+        ("task.operations=[]", "task.operations: "),
+        ("task.operations=[revers]", "task.operations.0: .*found 'revers'"),
+        ("model=3", "model: .*found 3"),
+        ("seed.x=1", "seed: "),
+        ("seed", "not of the form a.b=c"),
+        ("=1", "not of the form a.b=c"),
+        ("seed=[1", "not YAML"),
+    ],
+)
+def test_one_message_names_the_key_and_what_was_found(
+    empty: Path, override: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(empty, [override])
+
+
+@pytest.mark.parametrize("kind", ["tis", "mis", "none"])
+def test_an_unknown_key_of_a_variant_is_named_without_its_tag(empty: Path, kind: str) -> None:
+    with pytest.raises(ConfigError, match=r"unknown key 'correction\.knid'; did you mean 'kind'"):
+        load_config(empty, [f"correction.kind={kind}", "correction.knid=1"])
+
+
+def test_a_key_of_another_variant_is_unknown(empty: Path) -> None:
+    with pytest.raises(ConfigError, match=r"unknown key 'correction\.cap'"):
+        load_config(empty, ["correction.kind=mis", "correction.cap=2"])
+
+
+def test_a_correction_without_a_kind_is_the_default_kind(empty: Path) -> None:
+    assert load_config(empty, ["correction.cap=3"]).correction == TIS(cap=3)
+
+
+@pytest.mark.parametrize("cap", ["0", "-1", ".inf"])
+def test_a_cap_that_truncates_nothing_sensible_is_refused(empty: Path, cap: str) -> None:
+    with pytest.raises(ConfigError, match=r"^[^;]*correction\.cap: "):
+        load_config(empty, [f"correction.cap={cap}"])
+
+
+def test_an_override_cannot_enter_a_value(empty: Path) -> None:
+    empty.write_text("model: 3\n")
+    with pytest.raises(ConfigError, match="'model' is a value, not a section"):
+        load_config(empty, ["model.num_layers=2"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("[1, 2]", "holds a list"), ("a: [", "is not YAML"), ("1: 2", "unknown|string")],
+)
+def test_a_file_that_is_no_mapping_of_keys_is_refused(empty: Path, text: str, message: str) -> None:
+    empty.write_text(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(empty)
+    assert str(empty) in str(error.value)
+
+
+def test_a_missing_or_binary_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "none.yaml")
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(binary)
+
+
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"steps: .*; unknown key 'a'"):
+        parse_config({"a": 1, "steps": 0})
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        RunConfig().steps = 3  # type: ignore[misc]
+
+
+def test_every_example_is_a_valid_config() -> None:
+    examples = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
+    for example in examples:
+        assert load_config(example).steps > 0
+
+
+def test_the_dump_names_every_value() -> None:
+    dumped = yaml.safe_load(dump_config(RunConfig()))
+    assert set(dumped) == set(RunConfig.model_fields)
+    assert set(dumped["rollout"]) == set(type(RunConfig().rollout).model_fields)

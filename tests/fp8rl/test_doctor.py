@@ -1,0 +1,120 @@
+"""The doctor: a run that cannot work here is refused, and every missing thing has its price."""
+
+from __future__ import annotations
+
+import pytest
+
+from fp8rl.config import Precision, RunConfig
+from fp8rl.doctor import MODULES, Finding, Machine, check_machine, examine
+from fp8rl.errors import ConfigError
+
+ALL_MODULES = frozenset(MODULES)
+AMX_CPU = {"avx512": True, "amx_tile": True}
+AVX512_CPU = {"avx512": True, "amx_tile": False}
+OLD_CPU = {"avx512": False, "amx_tile": False}
+
+
+def machine(
+    features: dict[str, bool] = AMX_CPU,
+    *,
+    gpus: tuple[tuple[int, int], ...] = (),
+    modules: frozenset[str] = ALL_MODULES,
+) -> Machine:
+    return Machine(features, gpus, modules)
+
+
+def config(precision: Precision) -> RunConfig:
+    return RunConfig.model_validate({"rollout": {"precision": precision}})
+
+
+def row(findings: list[Finding], name: str) -> Finding:
+    [found] = [finding for finding in findings if finding.name == name]
+    return found
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "fp8-kv"])
+@pytest.mark.parametrize("gpus", [(), ((8, 9),), ((9, 0), (10, 0))])
+def test_a_full_machine_runs_every_arm(
+    precision: Precision, gpus: tuple[tuple[int, int], ...]
+) -> None:
+    check_machine(config(precision), machine(AMX_CPU, gpus=gpus))
+
+
+@pytest.mark.parametrize(
+    ("precision", "features", "message"),
+    [
+        ("fp8-kv", {"avx512": False, "amx_tile": True}, "AVX-512 .*--precision fp8 or bf16"),
+        ("fp8-kv", AVX512_CPU, "AMX tiles .*--precision bf16"),
+        ("fp8-kv", OLD_CPU, "AMX tiles.*; .*AVX-512"),
+        ("fp8", OLD_CPU, "precision is fp8, .*AMX tiles"),
+    ],
+)
+def test_a_processor_without_the_kernels_is_refused(
+    precision: Precision, features: dict[str, bool], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_machine(config(precision), machine(features))
+
+
+def test_bf16_runs_on_any_processor() -> None:
+    check_machine(config("bf16"), machine(OLD_CPU))
+
+
+def test_fp8_weights_alone_need_no_avx512() -> None:
+    check_machine(config("fp8"), machine({"avx512": False, "amx_tile": True}))
+
+
+def test_the_processor_does_not_matter_where_a_gpu_is() -> None:
+    check_machine(config("fp8-kv"), machine(OLD_CPU, gpus=((9, 0),)))
+
+
+def test_an_older_gpu_is_refused_for_fp8_and_named() -> None:
+    with pytest.raises(ConfigError, match=r"CUDA device 1 has compute capability 8\.0.*8\.9"):
+        check_machine(config("fp8"), machine(gpus=((9, 0), (8, 0))))
+    check_machine(config("bf16"), machine(gpus=((8, 0),)))
+
+
+@pytest.mark.parametrize("absent", sorted(MODULES))
+@pytest.mark.parametrize("precision", ["bf16", "fp8-kv"])
+def test_a_missing_package_is_refused_with_what_to_install(
+    absent: str, precision: Precision
+) -> None:
+    with pytest.raises(ConfigError, match=f"{absent} is not installed.*make setup.*pip install"):
+        check_machine(config(precision), machine(modules=ALL_MODULES - {absent}))
+
+
+def test_everything_missing_is_said_in_one_message() -> None:
+    with pytest.raises(ConfigError) as error:
+        check_machine(config("fp8-kv"), machine(OLD_CPU, modules=frozenset()))
+    for name in (*MODULES, "AVX-512", "AMX tiles"):
+        assert name in str(error.value)
+
+
+def test_a_full_machine_misses_nothing() -> None:
+    assert [finding for finding in examine(machine()) if finding.state == "missing"] == []
+
+
+def test_every_absence_has_a_price_and_nothing_present_has_one() -> None:
+    findings = examine(machine(OLD_CPU, modules=frozenset()))
+    assert all(bool(finding.cost) == (finding.state != "ok") for finding in findings)
+    missing = {finding.name for finding in findings if finding.state == "missing"}
+    assert missing == {*MODULES, "AVX-512", "AMX tiles"}
+
+
+def test_processor_features_are_optional_where_a_gpu_is() -> None:
+    findings = examine(machine(OLD_CPU, gpus=((9, 0),)))
+    assert row(findings, "AMX tiles").state == "optional"
+    assert row(findings, "GPU 0").state == "ok"
+
+
+def test_an_older_gpu_is_missing_for_the_default_arm() -> None:
+    found = row(examine(machine(gpus=((8, 0),))), "GPU 0")
+    assert (found.state, found.found) == ("missing", "compute capability 8.0")
+
+
+def test_the_plugin_entry_point_of_this_installation_is_registered() -> None:
+    assert row(examine(machine()), "vLLM plugin entry point").state == "ok"
+
+
+def test_this_machine_has_what_the_requirements_install() -> None:
+    assert Machine.here().modules == ALL_MODULES

@@ -1,0 +1,115 @@
+"""MegatronSource on one rank; over ranks see tests/fp8rl/test_trainer_layouts.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fp8rl.batch import TokenBatch
+from fp8rl.config import parse_config
+from fp8rl.distributed import init_distributed
+from fp8rl.megatron_model import hf_config
+from fp8rl.sync.errors import SourceError
+from fp8rl.sync.megatron import MegatronSource, global_parameters
+from fp8rl.sync.source import WeightSource
+from fp8rl.trainer import MegatronTrainer
+
+CONFIG = parse_config(
+    {"model": {"num_layers": 2, "hidden_size": 128, "ffn_hidden_size": 256, "num_heads": 8}}
+)
+VOCAB = 64
+
+
+@pytest.fixture(scope="module")
+def trainer() -> Iterator[MegatronTrainer]:
+    with init_distributed(CONFIG):
+        yield MegatronTrainer(CONFIG, VOCAB)
+
+
+@pytest.fixture
+def source(trainer: MegatronTrainer) -> MegatronSource:
+    return trainer.source()
+
+
+def test_names_shapes_and_dtype_are_those_of_qwen3(source: MegatronSource) -> None:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(Qwen3Config(**hf_config(CONFIG.model, VOCAB, 64)))
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {meta.name: meta.shape for meta in source.metadata()}
+    assert found == expected
+    assert list(found) == list(expected)
+    assert {meta.dtype for meta in source.metadata()} == {torch.bfloat16}
+
+
+def test_iteration_keeps_what_metadata_says_on_every_pass(source: MegatronSource) -> None:
+    assert isinstance(source, WeightSource)
+    for _ in range(2):
+        found = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in source]
+        assert found == [(meta.name, meta.dtype, meta.shape) for meta in source.metadata()]
+
+
+def test_query_groups_are_taken_apart_in_order(
+    source: MegatronSource, trainer: MegatronTrainer
+) -> None:
+    name = "decoder.layers.1.self_attention.linear_qkv.weight"
+    qkv = global_parameters(trainer._model)[name].detach()
+    weights = dict(source)
+    heads = [weights[f"model.layers.1.self_attn.{x}_proj.weight"].split(64) for x in "qkv"]
+    (q, k, v) = heads
+    expected = torch.cat([*q[:4], k[0], v[0], *q[4:], k[1], v[1]])
+    assert torch.equal(qkv, expected)
+
+
+def test_tensors_are_views_where_layouts_agree(
+    source: MegatronSource, trainer: MegatronTrainer
+) -> None:
+    storages = {p.untyped_storage().data_ptr() for p in trainer._model.parameters()}
+    copied = {n for n, tensor in source if tensor.untyped_storage().data_ptr() not in storages}
+    assert all(name.split(".")[-2] in ("q_proj", "k_proj", "v_proj") for name in copied)
+    assert all(not tensor.requires_grad for _, tensor in source)
+
+
+def test_a_new_pass_sees_the_newest_weights(
+    source: MegatronSource, trainer: MegatronTrainer
+) -> None:
+    before = {name: tensor.clone() for name, tensor in source}
+    tokens = torch.randint(0, VOCAB, (4, 8))
+    batch = TokenBatch(tokens, (torch.arange(8) > 3).expand(4, 8))
+    trainer.update(batch, lambda log_probs, rows: -log_probs.sum(), learning_rate=0.1)
+    assert all(not torch.equal(before[name], tensor) for name, tensor in source)
+
+
+def test_an_unknown_parameter_is_named(trainer: MegatronTrainer) -> None:
+    mlp = trainer._model.decoder.layers[1].mlp
+    mlp.register_parameter("surprise", torch.nn.Parameter(torch.zeros(3).bfloat16()))
+    try:
+        with pytest.raises(SourceError, match=r"decoder\.layers\.1\.mlp\.surprise"):
+            MegatronSource(trainer._model)
+    finally:
+        del mlp.surprise
+
+
+def test_a_missing_parameter_is_named(trainer: MegatronTrainer) -> None:
+    norm = trainer._model.decoder.final_layernorm
+    weight = norm.weight
+    norm.weight = None
+    try:
+        with pytest.raises(SourceError, match=r"decoder\.final_layernorm\.weight.*model\.norm"):
+            MegatronSource(trainer._model)
+    finally:
+        norm.weight = weight
+
+
+def test_a_parameter_of_another_dtype_is_named(trainer: MegatronTrainer) -> None:
+    norm = trainer._model.decoder.final_layernorm
+    weight = norm.weight
+    norm.weight = torch.nn.Parameter(weight.detach().float())
+    try:
+        with pytest.raises(SourceError, match=r"final_layernorm\.weight.*float32"):
+            MegatronSource(trainer._model)
+    finally:
+        norm.weight = weight

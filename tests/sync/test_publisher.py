@@ -1,0 +1,135 @@
+"""What the trainer's side refuses before the engine hears of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fp8rl.quant import NonFiniteWeightError, QuantPlan, QuantPlanError, quantize_blockwise
+from fp8rl.sync.errors import SourceError
+from fp8rl.sync.manifest import DTYPES, digest, parse_manifest
+from fp8rl.sync.publisher import Publisher
+from fp8rl.sync.segment import Segment
+from fp8rl.sync.source import IterableSource, WeightSource
+from tests import helpers
+
+PLAN = QuantPlan.from_hf_config(helpers.hf_config())
+A_WEIGHT = "model.layers.1.mlp.down_proj.weight"
+A_NORM = "model.layers.0.input_layernorm.weight"
+
+
+class Recorder:
+    """A client that keeps the calls, and reads the segment as an engine would."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.manifest: Any = None
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self.segment = Segment.attach(init_info["path"], init_info["nbytes"])
+
+    def start_weight_update(self) -> None:
+        self.calls.append("start")
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.calls.append("update")
+        self.manifest = parse_manifest(update_info["manifest"])
+        for record in self.manifest.tensors:
+            raw = self.segment.view(record.offset, record.nbytes).clone()
+            assert digest(raw) == record.digest
+            self.tensors[record.name] = raw.view(DTYPES[record.dtype]).reshape(record.shape)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self.calls.append(f"finish {weight_version}")
+
+
+def publish(tensors: dict[str, torch.Tensor], recorder: Recorder, *, version: int = 0) -> Any:
+    with Publisher(PLAN, recorder, kv_layers=helpers.LAYERS) as publisher:
+        source = IterableSource(tensors)
+        return publisher.publish(source, version=version, kv_scales=helpers.scales(version))
+
+
+def test_the_wire_carries_exactly_the_plans_tensors_and_the_scales() -> None:
+    recorder, weights = Recorder(), helpers.weights(0)
+    report = publish(weights, recorder, version=5)
+    assert recorder.calls == ["start", "update", "finish 5"]
+    scales = helpers.scales(5).tensors()
+    expected = [tensor.name for tensor in PLAN.engine_tensors()] + list(scales)
+    assert list(recorder.tensors) == expected
+    quantized = quantize_blockwise(weights[A_WEIGHT])
+    assert torch.equal(
+        recorder.tensors[A_WEIGHT].view(torch.uint8), quantized.data.view(torch.uint8)
+    )
+    assert torch.equal(recorder.tensors[f"{A_WEIGHT}_scale_inv"], quantized.scale_inv)
+    assert torch.equal(recorder.tensors[A_NORM], weights[A_NORM])
+    assert all(torch.equal(recorder.tensors[name], value) for name, value in scales.items())
+    assert recorder.manifest.kv_scales.version == 5
+    assert report.nbytes == sum(t.nbytes for t in recorder.tensors.values())
+    assert report.bf16_nbytes == sum(t.nbytes for t in weights.values())
+
+
+@pytest.mark.parametrize("name", [A_WEIGHT, A_NORM, "lm_head.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_non_finite_weight_never_leaves_the_trainer(name: str, value: float) -> None:
+    recorder, weights = Recorder(), helpers.weights(0)
+    weights[name].view(-1)[3] = value
+    with pytest.raises(NonFiniteWeightError, match=name):
+        publish(weights, recorder)
+    assert recorder.calls == []
+
+
+def test_a_missing_tensor_is_named_before_the_engine_hears_of_it() -> None:
+    recorder, weights = Recorder(), helpers.weights(0)
+    del weights[A_NORM]
+    with pytest.raises(SourceError, match=A_NORM):
+        publish(weights, recorder)
+    assert recorder.calls == []
+
+
+def test_missing_kv_scales_are_named() -> None:
+    recorder = Recorder()
+    with (
+        Publisher(PLAN, recorder, kv_layers=helpers.LAYERS) as publisher,
+        pytest.raises(SourceError, match=r"layers\.0\.self_attn\.attn\.q_scale"),
+    ):
+        publisher.publish(helpers.source(0), version=0, kv_scales=None)
+    assert recorder.calls == []
+
+
+def test_a_tensor_of_another_model_shape_or_twice_is_refused() -> None:
+    recorder, weights = Recorder(), helpers.weights(0)
+    with pytest.raises(QuantPlanError, match="no place in this plan"):
+        publish({**weights, "model.layers.7.mlp.up_proj.weight": weights[A_WEIGHT]}, recorder)
+    with pytest.raises(SourceError, match=r"shape \[128\], planned \[256\]"):
+        publish({**weights, A_NORM: torch.ones(128, dtype=torch.bfloat16)}, recorder)
+    twice = [*weights.items(), (A_NORM, weights[A_NORM])]
+
+    class Twice(IterableSource):
+        def __iter__(self) -> Any:
+            yield from twice
+
+    with (
+        Publisher(PLAN, recorder, kv_layers=helpers.LAYERS) as publisher,
+        pytest.raises(SourceError, match="twice"),
+    ):
+        publisher.publish(Twice(weights), version=0, kv_scales=helpers.scales(0))
+    assert recorder.calls == []
+
+
+def test_a_rank_without_a_client_only_iterates() -> None:
+    seen = []
+
+    class Counting(IterableSource):
+        def __iter__(self) -> Any:
+            for name, tensor in super().__iter__():
+                seen.append(name)
+                yield name, tensor
+
+    with Publisher(PLAN, None, kv_layers=helpers.LAYERS) as publisher:
+        source = Counting(helpers.weights(0))
+        assert isinstance(source, WeightSource)
+        assert publisher.publish(source, version=0, kv_scales=helpers.scales(0)) is None
+    assert seen == [entry.name for entry in PLAN.entries]
