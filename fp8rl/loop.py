@@ -148,36 +148,46 @@ def learn(
     config = run.config
     advantages = group_advantages(rollout.rewards, config.rollout.samples_per_prompt)
     rows = len(rollout.rewards) // config.trainer.minibatches
-    losses, norms = [], []
+    taken: list[dict[str, float]] = []
+    policy: list[dict[str, Tensor]] = []  # of each micro-batch; stays empty on early stages
     for start in range(0, len(rollout.rewards), rows):
         chosen = slice(start, start + rows)
-        old, weights = old_logprobs[chosen], correction.weights[chosen]
-        kept, advantage = correction.kept[chosen], advantages[chosen]
-        total = kept.sum().clamp(min=1)
+        batch = rollout.batch.rows(chosen)
+        old, advantage = old_logprobs[chosen], advantages[chosen]
+        weights, kept = correction.weights[chosen], correction.kept[chosen]
 
         def loss_fn(
             logprobs: Tensor,
             part: slice,
             old: Tensor = old,
+            advantage: Tensor = advantage,
             weights: Tensor = weights,
             kept: Tensor = kept,
-            advantage: Tensor = advantage,
-            total: Tensor = total,
         ) -> Tensor:
-            return policy_loss(
+            found = policy_loss(
                 config.loss,
                 logprobs,
                 old[part],
                 advantage[part],
                 weights[part],
                 kept[part],
-                denominator=total,
-            ).loss
+                denominator=kept.sum(),
+            )
+            policy.append(found.metrics)
+            return found.loss
 
-        taken = run.trainer.update(rollout.batch.rows(chosen), loss_fn)
-        losses.append(taken["loss"])
-        norms.append(taken["grad_norm"])
-    return {"loss": sum(losses) / len(losses), "grad_norm": sum(norms) / len(norms)}
+        taken.append(run.trainer.update(batch, loss_fn))
+    means = {key: sum(each[key] for each in taken) / len(taken) for key in ("loss", "grad_norm")}
+    return means | _policy_metrics(policy, config.trainer.minibatches)
+
+
+def _policy_metrics(parts: list[dict[str, Tensor]], minibatches: int) -> Metrics:
+    """Join micro-batches: a maximum stays one, everything else adds up and is averaged."""
+    joined: Metrics = {}
+    for key in parts[0] if parts else ():
+        values = torch.stack([part[key] for part in parts])
+        joined[key] = float(values.max() if key.endswith("_max") else values.sum() / minibatches)
+    return joined
 
 
 def evaluate(run: Session, version: int, metrics: Metrics) -> None:

@@ -31,6 +31,7 @@ _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core lives in our child, not a grandchild
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",  # idle threads must not spin on cores that the trainer needs
     "TORCHDYNAMO_DISABLE": "1",  # eager anyway; spares 15 s of compiling a log-prob rank counter
 }
 

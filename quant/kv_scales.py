@@ -112,9 +112,7 @@ class KVScales:
     def tensors(self) -> dict[str, Float32[Tensor, "1"]]:
         """Return the scales as the engine loads them: `model.layers.{i}.self_attn.attn.k_scale`."""
         return {
-            kv_scale_name(i, x): torch.tensor(
-                [getattr(layer, f"{x}_scale")], dtype=torch.float32
-            )
+            kv_scale_name(i, x): torch.tensor([getattr(layer, f"{x}_scale")], dtype=torch.float32)
             for i, layer in enumerate(self.layers)
             for x in QKV
         }

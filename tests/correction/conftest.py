@@ -3,6 +3,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from jaxtyping import config
 from torch import Tensor
 
 
@@ -36,3 +37,9 @@ def _make(seed: int, rows: int = 4, tokens: int = 7, mismatch: float = 0.5) -> B
 @pytest.fixture(scope="session")
 def make_batch() -> Callable[..., Batch]:
     return _make
+
+
+@pytest.fixture
+def annotations_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for users: the suite's type checker would refuse bad input before the room does."""
+    monkeypatch.setattr(config, "jaxtyping_disable", True)

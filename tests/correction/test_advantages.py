@@ -9,7 +9,7 @@ from fp8rl.correction import ShapeError, ValueRangeError, group_advantages
 
 
 def test_rewards_are_normalized_within_each_group_by_the_sample_deviation():
-    got = group_advantages(torch.tensor([0.0, 1.0, 10.0, 30.0]), 2, eps=0)
+    got = group_advantages(torch.tensor([0.0, 1.0, 10.0, 30.0]), 2, eps=0.0)
     assert got.tolist() == pytest.approx([-math.sqrt(0.5), math.sqrt(0.5)] * 2)
     assert got.dtype == torch.float32
 
@@ -19,7 +19,7 @@ def test_rewards_are_normalized_within_each_group_by_the_sample_deviation():
 @example(value=0.1, n=3)  # three times 0.1, divided by three, is not 0.1
 def test_a_group_of_equal_rewards_gives_exact_zeros(value, n):
     for dtype in (torch.float32, torch.float64):
-        assert not group_advantages(torch.full((n,), value, dtype=dtype), n, eps=0).any()
+        assert not group_advantages(torch.full((n,), value, dtype=dtype), n, eps=0.0).any()
 
 
 @given(seed=st.integers(0, 2**32), n=st.integers(2, 16))
@@ -32,6 +32,7 @@ def test_groups_do_not_see_each_other_and_have_mean_zero(seed, n):
     torch.testing.assert_close(got.view(3, n).mean(1), torch.zeros(3), rtol=0, atol=1e-5)
 
 
+@pytest.mark.usefixtures("annotations_unchecked")
 @pytest.mark.parametrize(("shape", "n"), [((6,), 4), ((4,), 1), ((4,), 0), ((2, 2), 2)])
 def test_rewards_that_are_not_whole_groups_are_refused(shape, n):
     with pytest.raises(ShapeError, match="rewards: shape"):

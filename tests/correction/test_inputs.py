@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from jaxtyping import config as jaxtyping_config
 from pydantic import TypeAdapter, ValidationError
 
 from fp8rl.correction import (
@@ -22,11 +21,7 @@ from fp8rl.correction import (
     policy_loss,
 )
 
-
-@pytest.fixture(autouse=True)
-def _as_for_users(monkeypatch):
-    """Annotations unchecked: the suite's type checker would refuse bad input before we do."""
-    monkeypatch.setattr(jaxtyping_config, "jaxtyping_disable", True)
+pytestmark = pytest.mark.usefixtures("annotations_unchecked")
 
 
 def loss(b, **changes):

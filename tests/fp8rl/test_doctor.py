@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any, ClassVar
+
 import pytest
 
 from fp8rl.config import Precision, RunConfig
-from fp8rl.doctor import MODULES, Finding, Machine, check_machine, examine
-from fp8rl.errors import ConfigError
+from fp8rl.doctor import MODULES, Finding, Machine, check_machine, examine, examine_engine
+from fp8rl.errors import ConfigError, EngineDiedError
+from fp8rl.rollout import EngineSettings
 
 ALL_MODULES = frozenset(MODULES)
 AMX_CPU = {"avx512": True, "amx_tile": True}
@@ -118,3 +122,67 @@ def test_the_plugin_entry_point_of_this_installation_is_registered() -> None:
 
 def test_this_machine_has_what_the_requirements_install() -> None:
     assert Machine.here().modules == ALL_MODULES
+
+
+class StubEngine:
+    """Stands in for ``RolloutEngine``; ``backends`` are those of its workers."""
+
+    backends: tuple[str, ...] = ()
+    started: ClassVar[list[EngineSettings]]
+
+    def __init__(self, settings: EngineSettings, folder: Path) -> None:
+        self.started.append(settings)
+
+    def __enter__(self) -> StubEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def worker_report(self) -> list[dict[str, Any]]:
+        if not self.backends:
+            raise EngineDiedError("the rollout engine ended: no memory")
+        return [{"backend": backend} for backend in self.backends]
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> type[StubEngine]:
+    class Stub(StubEngine):
+        started: ClassVar[list[EngineSettings]] = []
+
+    monkeypatch.setattr("fp8rl.rollout.RolloutEngine", Stub)
+    return Stub
+
+
+def test_a_worker_without_our_backend_is_named(stub: type[StubEngine]) -> None:
+    stub.backends = ("ShmReceiver", "NoneType")
+    findings = examine_engine(machine())
+    assert row(findings, "worker 0 plugin").state == "ok"
+    broken = row(findings, "worker 1 plugin")
+    assert (broken.state, broken.found, bool(broken.cost)) == ("missing", "NoneType", True)
+
+
+def test_an_engine_that_does_not_start_is_missing_and_says_why(stub: type[StubEngine]) -> None:
+    [finding] = examine_engine(machine())
+    assert (finding.state, "no memory" in finding.found) == ("missing", True)
+
+
+@pytest.mark.parametrize(("features", "precision"), [(AMX_CPU, "fp8-kv"), (OLD_CPU, "bf16")])
+def test_the_engine_is_started_in_an_arm_that_the_processor_has(
+    stub: type[StubEngine], features: dict[str, bool], precision: Precision
+) -> None:
+    stub.backends = ("ShmReceiver",)
+    examine_engine(machine(features))
+    assert [settings.precision for settings in stub.started] == [precision]
+
+
+def test_no_engine_is_started_without_vllm(stub: type[StubEngine]) -> None:
+    [finding] = examine_engine(machine(modules=ALL_MODULES - {"vllm"}))
+    assert (finding.state, stub.started) == ("missing", [])
+
+
+@pytest.mark.slow
+def test_our_backend_is_live_in_a_real_engine() -> None:
+    findings = examine_engine()
+    assert row(findings, "worker 0 plugin").found == "ShmReceiver"
+    assert [finding for finding in findings if finding.state != "ok"] == []

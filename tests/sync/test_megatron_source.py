@@ -11,6 +11,7 @@ from fp8rl.batch import TokenBatch
 from fp8rl.config import parse_config
 from fp8rl.distributed import init_distributed
 from fp8rl.megatron_model import hf_config
+from fp8rl.quant import QuantPlan
 from fp8rl.sync.errors import SourceError
 from fp8rl.sync.megatron import MegatronSource, global_parameters
 from fp8rl.sync.source import WeightSource
@@ -43,6 +44,12 @@ def test_names_shapes_and_dtype_are_those_of_qwen3(source: MegatronSource) -> No
     assert found == expected
     assert list(found) == list(expected)
     assert {meta.dtype for meta in source.metadata()} == {torch.bfloat16}
+
+
+def test_the_quantization_plan_knows_every_tensor(source: MegatronSource) -> None:
+    plan = QuantPlan.from_hf_config(hf_config(CONFIG.model, VOCAB, 64))
+    announced = {meta.name: meta.shape for meta in source.metadata()}
+    assert {entry.name: tuple(entry.shape) for entry in plan.entries} == announced
 
 
 def test_iteration_keeps_what_metadata_says_on_every_pass(source: MegatronSource) -> None:

@@ -1,0 +1,202 @@
+"""A tiny run through the real command line, and ways to hurt it and to see what is left."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+PATIENCE = 240.0  # seconds to wait for what takes ten on an idle machine
+STEPS = 6
+
+TINY = {
+    "seed": 3,
+    "steps": STEPS,
+    "eval_every": 3,
+    "checkpoint_every": 2,
+    "model": {"num_layers": 2},
+    "task": {"min_digits": 1, "max_digits": 2, "heldout_prompts": 8},
+    "warmup": {"steps": 15, "batch_size": 64, "learning_rate": 3e-3},  # to a reward above zero
+    "trainer": {"learning_rate": 1e-3, "micro_batch_size": 32},
+    "rollout": {"prompts_per_step": 8, "samples_per_prompt": 4, "kv_cache_gib": 0.02},
+    "kv_scales": {"calibration_tokens": 128},
+}
+
+CLOCKS = ("time/", "sync/seconds", "sync/quantize_seconds", "sync/engine_seconds")
+
+
+def write_config(folder: Path) -> Path:
+    """The tiny run as a YAML file."""
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return path
+
+
+class Command:
+    """One ``fp8rl train ...`` in its own process and session, as a terminal would start it."""
+
+    def __init__(self, folder: Path, *arguments: str | Path) -> None:
+        self.folder = folder
+        self.output = folder.with_suffix(f".{time.monotonic_ns()}.out")
+        self.errors = self.output.with_suffix(".err")
+        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+        with self.output.open("wb") as out, self.errors.open("wb") as err:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "fp8rl", "train", *map(str, arguments)],
+                stdout=out,
+                stderr=err,
+                env=environment,
+                start_new_session=True,
+            )
+        self._metrics_before = _inode(folder / "metrics.jsonl")
+        self.family: set[psutil.Process] = set()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait_until(self, what: str, true: Callable[[], object]) -> None:
+        """Wait for something that happens while the command runs."""
+        deadline = time.monotonic() + PATIENCE
+        while not true():
+            assert self._process.poll() is None, f"ended before {what}: {self.said()}"
+            assert time.monotonic() < deadline, f"no {what}: {self.said()}"
+            time.sleep(0.01)
+        self._meet()
+
+    def wait_for_step(self, step: int) -> None:
+        """Wait until this command has written that step's metrics or later ones."""
+        file = self.folder / "metrics.jsonl"  # a resumed run begins by replacing it
+        self.wait_until(
+            f"step {step}",
+            lambda: _inode(file) != self._metrics_before and steps(self.folder)[-1:] >= [step],
+        )
+
+    def wait_for_engine(self) -> None:
+        """Wait until the engine's process is there (it is not yet up)."""
+        self.wait_until("engine process", self.engines)
+
+    def engines(self) -> list[psutil.Process]:
+        """The engine processes of this command."""
+        self._meet()
+        return [p for p in self.family if _is_engine(p)]
+
+    def segments(self) -> set[int]:
+        """Inodes of the weight segments that this command and its children hold."""
+        return {inode for p in self._meet() for inode in _segments(p.pid)}
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to the command's process alone."""
+        self._meet()
+        self._process.send_signal(number)
+
+    def ctrl_c(self) -> None:
+        """What the terminal does: SIGINT to every process of the foreground group."""
+        self._meet()
+        os.killpg(self.pid, signal.SIGINT)
+
+    def wait(self, seconds: float = PATIENCE) -> int:
+        """The exit code; the whole family has ``seconds`` to be gone."""
+        try:
+            return self._process.wait(seconds)
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """End the command's own process, if it has not ended."""
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+
+    def survivors(self, seconds: float = 10.0) -> list[psutil.Process]:
+        """Processes of this command that live on after so long."""
+        return psutil.wait_procs(self.family, timeout=seconds)[1]
+
+    def said(self) -> str:
+        """Standard output and standard error."""
+        return self.output.read_text() + self.errors.read_text()
+
+    def _meet(self) -> set[psutil.Process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            own = psutil.Process(self.pid)
+            self.family |= {own, *own.children(recursive=True)}
+        return self.family
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """All whole lines of metrics.jsonl."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps in metrics.jsonl, in its order."""
+    return [line["step"] for line in metrics(folder)]
+
+
+def numbers(folder: Path) -> list[dict[str, Any]]:
+    """The metrics without those that a clock measured."""
+    clocks = (*CLOCKS, "rollout/tokens_per_second")
+    return [
+        {key: value for key, value in line.items() if not key.startswith(clocks)}
+        for line in metrics(folder)
+    ]
+
+
+def checkpoints(folder: Path) -> list[int]:
+    """Versions that are saved."""
+    return sorted(int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*"))
+
+
+def shared_memory() -> set[str]:
+    """Files in /dev/shm that no living process has open or mapped, so that nobody will free."""
+    files = {str(path) for path in Path("/dev/shm").iterdir()}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            maps = (process / "maps").read_text()
+            files -= {name for name in files if name in maps}
+            for link in (process / "fd").iterdir():
+                with contextlib.suppress(OSError):
+                    files.discard(os.readlink(link))
+    return files
+
+
+def holders(segments: set[int]) -> list[str]:
+    """Processes that hold any of these segments."""
+    return [
+        process.name
+        for process in Path("/proc").glob("[0-9]*")
+        if _segments(int(process.name)) & segments
+    ]
+
+
+def _inode(path: Path) -> int | None:
+    return path.stat().st_ino if path.exists() else None
+
+
+def _segments(pid: int) -> set[int]:
+    found = set()
+    with contextlib.suppress(OSError):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if os.readlink(link).startswith("/memfd:fp8rl-weights"):
+                    found.add(link.stat().st_ino)
+    return found
+
+
+def _is_engine(process: psutil.Process) -> bool:
+    try:
+        return "fp8rl.engine_process" in process.cmdline()
+    except psutil.Error:
+        return False
