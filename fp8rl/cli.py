@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from fp8rl.lifeline import STOPPED, ends_at_once
+
 if TYPE_CHECKING:
     from fp8rl.config import RunConfig
     from fp8rl.doctor import Finding
@@ -111,7 +113,7 @@ def train(
     Exit codes: 0 done; 1 the run failed; 2 nothing was started, and one message says why; 130
     stopped by Ctrl-C, with the run saved.
     """
-    with _exit_codes():
+    with _exit_codes(), ends_at_once():
         run = _run_config(config, overrides or [], precision, resume)
         _check(run, fresh=resume is None and "RANK" not in os.environ)
     arguments = _train_arguments(config, overrides or [], precision, resume, as_json)
@@ -120,8 +122,8 @@ def train(
 
         raise typer.Exit(launch(arguments, run.world_size))
     with _exit_codes(run.run_dir):
-        from fp8rl.loop import train as train_loop
-
+        with ends_at_once():
+            from fp8rl.loop import train as train_loop
         folder = train_loop(run, resume is not None, shlex.join(["fp8rl", *arguments]))
     if os.environ.get("RANK", "0") == "0":
         _print_result(folder, as_json)
@@ -265,8 +267,10 @@ def _exit_codes(run_dir: Path | None = None) -> Iterator[None]:
         typer.echo(f"fp8rl: {error}", err=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt:
-        again = f"; go on with: fp8rl train --resume {run_dir}" if run_dir else ""
-        typer.echo(f"fp8rl: stopped by Ctrl-C{again}", err=True)
+        begun = run_dir is not None and run_dir.exists()
+        again = f"; go on with: fp8rl train --resume {run_dir}" if begun else ""
+        if os.environ.get("RANK", "0") == "0":
+            typer.echo(f"{STOPPED}{again}", err=True)
         raise typer.Exit(130) from None
     except (ValueError, RuntimeError) as error:
         if not type(error).__module__.startswith("fp8rl."):

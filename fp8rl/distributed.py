@@ -1,7 +1,7 @@
-"""The trainer's process group: one process alone, or the ranks that torchrun started.
+"""The trainer's process group: one process alone, or the ranks that were started together.
 
 One process needs no port and no rendezvous: its store lies in memory. Several find each other as
-torchrun says (its environment variables). Backend Gloo.
+``launch.py`` or torchrun says (torch's own environment variables). Backend Gloo.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from fp8rl.config import RunConfig
 from fp8rl.errors import TrainerError
+from fp8rl.lifeline import ends_at_once
 from fp8rl.megatron_cpu import use_still_rng_tracker
 
 TIMEOUT = timedelta(minutes=10)  # how long a collective waits for a rank that is late
@@ -28,15 +29,16 @@ def init_distributed(config: RunConfig) -> Iterator[int]:
     Torn down at the end of the block.
 
     Raises:
-        TrainerError: the number of ranks started is not tensor x pipeline parallel.
+        TrainerError: the number of ranks started is not tensor x pipeline parallel; or, from the
+            block, another rank has gone.
     """
-    started = int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
+    started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != config.world_size:
         raise TrainerError(
             f"trainer.tensor_parallel x trainer.pipeline_parallel is {config.world_size}, but "
             f"{started} rank(s) were started; use torchrun --nproc-per-node {config.world_size}"
         )
-    with warnings.catch_warnings():
+    with ends_at_once(), warnings.catch_warnings():
         # each import says once more that Apex and Transformer Engine are not installed
         warnings.simplefilter("ignore", UserWarning)
         from megatron.core import parallel_state
@@ -55,6 +57,13 @@ def init_distributed(config: RunConfig) -> Iterator[int]:
         )
         use_still_rng_tracker()
         yield dist.get_rank()
+    except RuntimeError as error:
+        if "gloo" not in str(error):
+            raise
+        raise TrainerError(
+            f"trainer rank {dist.get_rank()} lost another rank: it ended, and its own message says "
+            f"why, or it was silent for {TIMEOUT}"
+        ) from error
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

@@ -1,6 +1,6 @@
 """The rollout engine's own process: the real vLLM behind one socket.
 
-The trainer starts ``python -m fp8rl.engine_process FD`` and talks JSON lines over an inherited
+The trainer starts ``python -m fp8rl.engine_process FD PID`` and talks JSON lines over an inherited
 socket: one request, one reply, in order. The first line carries the ``LLM`` arguments. Update calls
 go straight to vLLM's weight-transfer API; generation is refused while no proven weights of the
 version asked for are there. The process ends when the socket closes or its parent dies. Errors that
@@ -9,7 +9,6 @@ no request can cause end it too, loudly: its log says why and the trainer is tol
 
 from __future__ import annotations
 
-import ctypes
 import json
 import signal
 import socket
@@ -18,9 +17,8 @@ from collections.abc import Callable
 from typing import Any
 
 from fp8rl.errors import StaleWeightsError
+from fp8rl.lifeline import end_with_parent
 from fp8rl.sync.plugin import BACKEND
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal to get when the parent dies
 
 
 class EngineServer:
@@ -150,9 +148,10 @@ def _reply(connection: socket.socket, reply: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Serve on the socket whose file descriptor is the one argument."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    serve(socket.socket(fileno=int(sys.argv[1])))
+    """Serve on a socket; the arguments are its file descriptor and the trainer's process id."""
+    descriptor, parent = map(int, sys.argv[1:])
+    end_with_parent(parent, signal.SIGKILL)
+    serve(socket.socket(fileno=descriptor))
 
 
 if __name__ == "__main__":

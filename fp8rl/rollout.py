@@ -23,7 +23,7 @@ from fp8rl.errors import EngineDiedError, EngineError, StaleWeightsError
 from fp8rl.quant import QuantPlan, WeightPrecision
 
 LOG_LINES_SHOWN = 15
-STOP_SECONDS = 10.0
+STOP_SECONDS = 10.0  # from a closed socket to the end of its process
 
 # Of torchrun's variables none may reach vLLM, which would take them for its own rendezvous.
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_")
@@ -128,7 +128,13 @@ class RolloutEngine:
         threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
         with theirs, self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "fp8rl.engine_process", str(theirs.fileno())],
+                [
+                    sys.executable,
+                    "-m",
+                    "fp8rl.engine_process",
+                    str(theirs.fileno()),
+                    str(os.getpid()),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -155,16 +161,11 @@ class RolloutEngine:
         return self._process.pid
 
     def close(self) -> None:
-        """Stop the process, kindly and then by force; calling it again does nothing."""
+        """Kill the process, which holds nothing worth saving; calling it again does nothing."""
         self._lines.close()
         self._socket.close()
-        if self._process.poll() is None:
-            self._process.terminate()
-            try:
-                self._process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+        self._process.kill()
+        self._process.wait()
 
     def worker_report(self) -> list[dict[str, Any]]:
         """For each worker: its live weight-transfer backend, version, failure and last timings."""

@@ -124,6 +124,7 @@ def open_session(config: RunConfig, *, resume: bool, command: str) -> Iterator[S
         progress.message("waiting for the rollout engine")
         layers = config.model.num_layers if settings.fp8_kv else 0
         publisher = stack.enter_context(Publisher(settings.plan(), engine, kv_layers=layers))
+        dist.barrier()  # the other ranks wait for the engine too, and stop with rank 0 at Ctrl-C
         session = Session(
             config=config,
             command=command,

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ import psutil
 import yaml
 
 PATIENCE = 240.0  # seconds to wait for what takes ten on an idle machine
-STEPS = 6
+SURVIVAL = 10.0  # seconds that a process may outlive the command
+STEPS = 16
 
 TINY = {
     "seed": 3,
     "steps": STEPS,
-    "eval_every": 3,
-    "checkpoint_every": 2,
+    "eval_every": 5,
+    "checkpoint_every": 3,
     "model": {"num_layers": 2},
     "task": {"min_digits": 1, "max_digits": 2, "heldout_prompts": 8},
     "warmup": {"steps": 15, "batch_size": 64, "learning_rate": 3e-3},  # to a reward above zero
@@ -32,7 +34,13 @@ TINY = {
     "kv_scales": {"calibration_tokens": 128},
 }
 
-CLOCKS = ("time/", "sync/seconds", "sync/quantize_seconds", "sync/engine_seconds")
+CLOCKED = (
+    "time/",
+    "sync/seconds",
+    "sync/quantize_seconds",
+    "sync/engine_seconds",
+    "rollout/tokens_per_second",
+)
 
 
 def write_config(folder: Path) -> Path:
@@ -40,6 +48,22 @@ def write_config(folder: Path) -> Path:
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(TINY))
     return path
+
+
+@dataclass(frozen=True)
+class End:
+    """How a command ended, and what it left behind."""
+
+    code: int
+    seconds: float  # from the last signal
+    output: str
+    errors: str
+    steps: list[int]  # in metrics.jsonl
+    checkpoints: list[int]  # versions saved
+    engines: int  # processes seen
+    segments: int  # of weights, seen
+    survivors: list[psutil.Process]
+    litter: set[str]  # in /dev/shm, and processes that hold a segment
 
 
 class Command:
@@ -59,10 +83,16 @@ class Command:
                 start_new_session=True,
             )
         self._metrics_before = _inode(folder / "metrics.jsonl")
-        self.family: set[psutil.Process] = set()
+        self._resumed_at = checkpoints(folder)[-1:]
+        self._litter_before = shared_memory()
+        self._struck = time.monotonic()
+        self._family: set[psutil.Process] = set()
+        self._engines: set[psutil.Process] = set()
+        self._segments: set[int] = set()  # inodes of the weight segments that the family holds
 
     @property
     def pid(self) -> int:
+        """Of the command's own process."""
         return self._process.pid
 
     def wait_until(self, what: str, true: Callable[[], object]) -> None:
@@ -74,8 +104,9 @@ class Command:
             time.sleep(0.01)
         self._meet()
 
-    def wait_for_step(self, step: int) -> None:
-        """Wait until this command has written that step's metrics or later ones."""
+    def wait_for_a_step(self, after: int = 0) -> None:
+        """Wait until this command has written the metrics of its first step, or of a later one."""
+        step = (self._resumed_at or [0])[0] + after
         file = self.folder / "metrics.jsonl"  # a resumed run begins by replacing it
         self.wait_until(
             f"step {step}",
@@ -87,50 +118,70 @@ class Command:
         self.wait_until("engine process", self.engines)
 
     def engines(self) -> list[psutil.Process]:
-        """The engine processes of this command."""
+        """The engine processes that this command has started."""
         self._meet()
-        return [p for p in self.family if _is_engine(p)]
+        return list(self._engines)
 
-    def segments(self) -> set[int]:
-        """Inodes of the weight segments that this command and its children hold."""
-        return {inode for p in self._meet() for inode in _segments(p.pid)}
+    def still_runs(self) -> bool:
+        """Whether the command's own process has not ended."""
+        return self._process.poll() is None
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal to the command's process alone."""
         self._meet()
+        self._struck = time.monotonic()
         self._process.send_signal(number)
 
     def ctrl_c(self) -> None:
         """What the terminal does: SIGINT to every process of the foreground group."""
         self._meet()
+        self._struck = time.monotonic()
         os.killpg(self.pid, signal.SIGINT)
 
-    def wait(self, seconds: float = PATIENCE) -> int:
-        """The exit code; the whole family has ``seconds`` to be gone."""
+    def kill_engine(self) -> None:
+        """SIGKILL to the engine's process."""
+        self._struck = time.monotonic()
+        for engine in self.engines():
+            engine.kill()
+
+    def end(self) -> End:
+        """Wait for the end; whatever lives on ten seconds later is noted, and killed."""
         try:
-            return self._process.wait(seconds)
-        finally:
-            self.kill()
-
-    def kill(self) -> None:
-        """End the command's own process, if it has not ended."""
-        if self._process.poll() is None:
+            code = self._process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
-
-    def survivors(self, seconds: float = 10.0) -> list[psutil.Process]:
-        """Processes of this command that live on after so long."""
-        return psutil.wait_procs(self.family, timeout=seconds)[1]
+            raise
+        seconds = time.monotonic() - self._struck
+        survivors = psutil.wait_procs(self._family, timeout=SURVIVAL)[1]
+        litter = (shared_memory() - self._litter_before) | holders(self._segments)
+        for process in survivors:
+            process.kill()
+        return End(
+            code=code,
+            seconds=seconds,
+            output=self.output.read_text(),
+            errors=self.errors.read_text(),
+            steps=steps(self.folder),
+            checkpoints=checkpoints(self.folder),
+            engines=len(self._engines),
+            segments=len(self._segments),
+            survivors=survivors,
+            litter=litter,
+        )
 
     def said(self) -> str:
         """Standard output and standard error."""
         return self.output.read_text() + self.errors.read_text()
 
-    def _meet(self) -> set[psutil.Process]:
+    def _meet(self) -> None:
+        """Take note of every process of the command, and of the segments that they hold."""
         with contextlib.suppress(psutil.NoSuchProcess):
             own = psutil.Process(self.pid)
-            self.family |= {own, *own.children(recursive=True)}
-        return self.family
+            self._family |= {own, *own.children(recursive=True)}
+        for process in self._family:
+            self._segments |= _segments(process.pid)
+            if _is_engine(process):
+                self._engines.add(process)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -147,9 +198,8 @@ def steps(folder: Path) -> list[int]:
 
 def numbers(folder: Path) -> list[dict[str, Any]]:
     """The metrics without those that a clock measured."""
-    clocks = (*CLOCKS, "rollout/tokens_per_second")
     return [
-        {key: value for key, value in line.items() if not key.startswith(clocks)}
+        {key: value for key, value in line.items() if not key.startswith(CLOCKED)}
         for line in metrics(folder)
     ]
 
@@ -172,13 +222,13 @@ def shared_memory() -> set[str]:
     return files
 
 
-def holders(segments: set[int]) -> list[str]:
+def holders(segments: set[int]) -> set[str]:
     """Processes that hold any of these segments."""
-    return [
-        process.name
+    return {
+        str(process)
         for process in Path("/proc").glob("[0-9]*")
         if _segments(int(process.name)) & segments
-    ]
+    }
 
 
 def _inode(path: Path) -> int | None:

@@ -196,10 +196,42 @@ def test_a_refusal_by_the_loop_is_exit_code_2(
 def test_ctrl_c_is_exit_code_130_and_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch, config: Path, tmp_path: Path
 ) -> None:
-    fake_loop(monkeypatch, failing(KeyboardInterrupt()))
+    def train(config: RunConfig, resume: bool, command: str) -> Path:
+        finish(config, resume, command)
+        raise KeyboardInterrupt
+
+    fake_loop(monkeypatch, train)
     result = run("train", config)
     assert result.exit_code == 130
     assert f"--resume {tmp_path / 'run'}" in result.stderr
+
+
+def test_ctrl_c_before_the_run_has_a_folder_names_none(
+    monkeypatch: pytest.MonkeyPatch, config: Path
+) -> None:
+    fake_loop(monkeypatch, failing(KeyboardInterrupt()))
+    result = run("train", config)
+    assert (result.exit_code, result.stderr) == (130, "fp8rl: stopped by Ctrl-C\n")
+
+
+def test_ctrl_c_while_modules_load_cannot_be_swallowed(tmp_path: Path) -> None:
+    module = tmp_path / "torch.py"  # found before the real one
+    module.write_text(
+        "import os, signal\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n"
+        "except BaseException:\n    pass\n"
+        "raise SystemExit(7)\n"
+    )
+    (tmp_path / "run.yaml").touch()
+    ended = subprocess.run(
+        [sys.executable, "-m", "fp8rl", "train", str(tmp_path / "run.yaml")],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr) == (130, "fp8rl: stopped by Ctrl-C\n")
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, config: Path) -> None:
@@ -286,6 +318,7 @@ while mode == "wait" and not count:
     time.sleep(0.05)
 time.sleep(0.5 if mode == "wait" else 0)
 (folder / f"saved-{rank}").write_text(str(count))
+sys.exit(130 if count else 0)
 """
 
 
@@ -320,9 +353,7 @@ def test_ctrl_c_reaches_each_rank_once_and_leaves_no_process(tmp_path: Path) -> 
     while not all(file.exists() and file.read_text() for file in pid_files):
         assert time.monotonic() < deadline, "the ranks did not start"
         time.sleep(0.05)
-    for _ in range(2):  # an impatient person presses it twice
-        os.killpg(process.pid, signal.SIGINT)  # the terminal signals the whole foreground group
-        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)  # the terminal signals the whole foreground group
     assert process.wait(timeout=60) == 130
     assert [(tmp_path / f"saved-{rank}").read_text() for rank in range(2)] == ["1", "1"]
     assert not any(alive(int(file.read_text())) for file in pid_files)

@@ -1,0 +1,92 @@
+"""A run from its command line to its report: what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from fp8rl.config import TaskConfig, load_config
+from fp8rl.distributed import init_distributed
+from fp8rl.errors import StaleWeightsError
+from fp8rl.rollout import Sample
+from fp8rl.rollout_batch import rollout_batch
+from fp8rl.stopping import StopRequest
+from fp8rl.task import DigitTask
+from tests.fp8rl.conftest import Whole
+from tests.fp8rl.run_helpers import STEPS, TINY, Command, metrics
+
+ALWAYS = {"step", "version", "sync/bytes", "sync/bf16_bytes", "sync/seconds", "time/step"}
+LEARNED = {"reward/train", "loss", "grad_norm", "mismatch/k3", "rollout/tokens_per_second"}
+SCALES = {f"kv_scale/{layer}/{x}" for layer in range(2) for x in "qkv"}
+
+
+def test_a_run_ends_well_and_leaves_no_process_and_no_memory(whole: Whole) -> None:
+    assert whole.end.code == 0, whole.end.errors
+    assert (whole.end.engines, whole.end.segments) == (1, 1)
+    assert (whole.end.survivors, whole.end.litter) == ([], set())
+
+
+def test_json_is_one_object_on_the_last_line(whole: Whole) -> None:
+    last = whole.end.output.splitlines()[-1]
+    assert json.loads(last) == json.loads((whole.folder / "result.json").read_text())
+
+
+def test_every_step_has_one_line_of_metrics_and_the_last_version_is_published(whole: Whole) -> None:
+    lines = metrics(whole.folder)
+    assert [line["step"] for line in lines] == list(range(STEPS + 1))
+    assert all(line["version"] == line["step"] for line in lines)
+    assert all(line.keys() >= ALWAYS | SCALES for line in lines)
+    assert all(line.keys() >= LEARNED for line in lines[:-1])
+
+
+def test_held_out_reward_is_measured_at_the_start_when_due_and_at_the_end(whole: Whole) -> None:
+    measured = [line["step"] for line in metrics(whole.folder) if "reward/heldout" in line]
+    assert measured == [*range(0, STEPS + 1, TINY["eval_every"]), STEPS]
+
+
+def test_the_run_learned_and_engine_and_trainer_agreed(whole: Whole) -> None:
+    lines = metrics(whole.folder)[:-1]
+    assert any(line["reward/train"] > 0 and line["grad_norm"] > 0 for line in lines)
+    assert all(0 < line["mismatch/k3"] < 0.01 for line in lines)  # FP8's own, and no more
+    assert all(line["sync/bytes"] < 0.6 * line["sync/bf16_bytes"] for line in lines)
+
+
+def test_the_folder_holds_what_the_command_promises(whole: Whole) -> None:
+    for name in ("config.yaml", "metrics.jsonl", "result.json", "report.html", "curves.png"):
+        assert (whole.folder / name).stat().st_size > 0, name
+    again = load_config(whole.folder / "config.yaml")
+    assert again == load_config(whole.config, [f"run_dir={whole.folder}"])
+
+
+def test_a_folder_that_holds_a_run_is_refused_before_an_engine_starts(whole: Whole) -> None:
+    before = (whole.folder / "engine.log").stat().st_size
+    began = time.monotonic()
+    end = Command(whole.folder, whole.config, f"run_dir={whole.folder}").end()
+    assert time.monotonic() - began < 30  # 2 on an idle machine: python, torch, no engine
+    assert end.code == 2
+    [line] = end.errors.splitlines()
+    assert f"--resume {whole.folder}" in line
+    assert (whole.folder / "engine.log").stat().st_size == before
+
+
+def test_samples_of_another_version_are_refused() -> None:
+    task = DigitTask(TaskConfig(heldout_prompts=8), seed=0)
+    [prompt] = task.train_prompts(0, 1)
+    stale = Sample(tokens=(2, 1), logprobs=(-1.0, -1.0), versions=(4, 5))
+    with pytest.raises(StaleWeightsError, match=r"versions \[4, 5\], expected 5"):
+        rollout_batch(task, [prompt], [[stale]], version=5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_the_second_insists(number: signal.Signals, whole: Whole) -> None:
+    with init_distributed(load_config(whole.config)), StopRequest() as stop:
+        assert not stop.agreed()
+        os.kill(os.getpid(), number)
+        assert stop.agreed()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
