@@ -85,7 +85,7 @@ class TaskConfig(Frozen):
     )
     min_digits: PositiveInt = Field(3, description="shortest operand")
     max_digits: PositiveInt = Field(5, description="longest operand")
-    heldout_prompts: PositiveInt = Field(256, description="prompts never trained on")
+    heldout_prompts: PositiveInt = Field(512, description="prompts never trained on")
 
     @check(mode="after")
     def _lengths(self) -> Self:
@@ -97,15 +97,16 @@ class TaskConfig(Frozen):
 class WarmupConfig(Frozen):
     """Supervised steps before RL, to a start where reward is low but not zero."""
 
-    steps: int = Field(60, ge=0, description="supervised steps")
-    batch_size: PositiveInt = Field(128, description="sequences a step")
+    steps: int = Field(200, ge=0, description="supervised steps")
+    batch_size: PositiveInt = Field(128, description="demonstrations a step")
     learning_rate: PositiveFloat = Field(1e-3, description="AdamW learning rate")
+    slip_rate: float = Field(0.33, ge=0, le=1, description="how often a digit in them is wrong")
 
 
 class TrainerConfig(Frozen):
     """AdamW on fp32 masters of BF16 weights, and how the model is split over ranks."""
 
-    learning_rate: PositiveFloat = Field(3e-4, description="AdamW learning rate")
+    learning_rate: PositiveFloat = Field(1e-4, description="AdamW learning rate")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     grad_clip: PositiveFloat = Field(1.0, description="bound on the gradient norm")
     minibatches: PositiveInt = Field(2, description="optimizer steps taken on one rollout batch")

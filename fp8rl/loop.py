@@ -191,12 +191,14 @@ def _policy_metrics(parts: list[dict[str, Tensor]], minibatches: int) -> Metrics
 
 
 def evaluate(run: Session, version: int, metrics: Metrics) -> None:
-    """Greedy reward on the held-out prompts, by the engine as it serves."""
+    """Mean reward of one sample for each held-out prompt, at the temperature of training."""
     if run.engine is None:
         return
     prompts = run.task.heldout_prompts()
     sampling = Sampling(
-        max_tokens=run.task.max_response_tokens, stop_token=run.task.eos_id, temperature=0.0
+        max_tokens=run.task.max_response_tokens,
+        stop_token=run.task.eos_id,
+        temperature=run.config.rollout.temperature,
     )
     groups = run.engine.generate(prompts, version=version, sampling=sampling, seed=0)
     rewards = [run.task.reward(p, g[0].tokens) for p, g in zip(prompts, groups, strict=True)]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+BETAS = (0.9, 0.95)  # those of most LLM training; a short memory suits short runs
 
 
 class MasterAdamW:
@@ -51,7 +52,7 @@ class MasterAdamW:
             {"params": matrices, "weight_decay": weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ]
-        self._adam = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+        self._adam = torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, fused=True)
         for master in self._masters.values():  # from the start, so that a state is always whole
             self._adam.state[master] = {"step": torch.zeros(())}
             for moment in MOMENTS:
@@ -100,6 +101,13 @@ class MasterAdamW:
             self._adam.state[master]["step"].copy_(state["adam/step"].reshape(()))
             for moment in MOMENTS:
                 self._adam.state[master][moment].copy_(state[f"adam/{moment}/{name}"])
+
+    @torch.no_grad()
+    def forget(self) -> None:
+        """Set moments and step count to zero, as for an optimizer that was just made."""
+        for state in self._adam.state.values():
+            for value in state.values():
+                value.zero_()
 
     def _any_state(self) -> dict[str, Tensor]:
         return next(iter(self._adam.state.values()))

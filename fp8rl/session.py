@@ -208,18 +208,24 @@ def _warm_up(
     settings = config.warmup
     began, loss = time.perf_counter(), float("nan")
     for number in range(settings.steps):
-        batch = examples_batch(task, task.warmup_batch(number, settings.batch_size))
+        batch = _demonstrations(config, task, number)
         tokens = batch.response_mask.sum()
 
         def loss_fn(logprobs: Tensor, rows: slice, tokens: Tensor = tokens) -> Tensor:
             return -logprobs.sum() / tokens  # 0 outside the responses
 
         loss = trainer.update(batch, loss_fn, learning_rate=settings.learning_rate)["loss"]
+    trainer.restart_optimizer()
     progress.message(
         f"warm-up: {settings.steps} supervised steps of {settings.batch_size} examples, "
         f"loss {loss:.3f}, {time.perf_counter() - began:.0f} s"
     )
-    return examples_batch(task, task.warmup_batch(settings.steps, settings.batch_size))
+    return _demonstrations(config, task, settings.steps)
+
+
+def _demonstrations(config: RunConfig, task: DigitTask, number: int) -> TokenBatch:
+    shown = task.demonstrations(number, config.warmup.batch_size, config.warmup.slip_rate)
+    return examples_batch(task, shown)
 
 
 def _calibration_state(batch: TokenBatch) -> dict[str, Tensor]:

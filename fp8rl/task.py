@@ -80,9 +80,19 @@ class DigitTask:
         """The ``count`` prompts of RL step ``step``: a function of (seed, step, count) alone."""
         return self._draw_train("train", step, count)
 
-    def warmup_batch(self, step: int, count: int) -> list[tuple[TokenIds, TokenIds]]:
-        """Supervised examples of a warm-up step: (prompt, answer with EOS), none held out."""
-        return [(prompt, self.answer(prompt)) for prompt in self._draw_train("warmup", step, count)]
+    def demonstrations(
+        self, step: int, count: int, slip_rate: float
+    ) -> list[tuple[TokenIds, TokenIds]]:
+        """Examples of warm-up step ``step``: (prompt, response with EOS), none held out.
+
+        Each digit of a response is wrong with probability ``slip_rate``, so that a model that
+        imitates them knows the task and errs as often: reward is low, and RL has something to find.
+        """
+        rng = random.Random(f"slips/{self._seed}/{step}")
+        return [
+            (prompt, tuple(self._slip(id, slip_rate, rng) for id in self.answer(prompt)))
+            for prompt in self._draw_train("warmup", step, count)
+        ]
 
     def answer(self, prompt: Sequence[int]) -> TokenIds:
         """The one response that earns a reward, EOS included.
@@ -108,6 +118,12 @@ class DigitTask:
         """Text for people; PAD, EOS and ids without a character are shown in angle brackets."""
         named = {self.pad_id: "<pad>", self.eos_id: "<eos>"} | self._characters
         return "".join(named.get(id, f"<{id}>") for id in ids)
+
+    def _slip(self, id: int, rate: float, rng: random.Random) -> int:
+        """A digit as it is, or with probability ``rate`` another one; EOS always as it is."""
+        if id == self.eos_id or rng.random() >= rate:
+            return id
+        return rng.choice([other for d in "0123456789" if (other := self._ids[d]) != id])
 
     def _encode(self, text: str) -> TokenIds:
         return tuple(self._ids[character] for character in text)

@@ -148,6 +148,10 @@ class MegatronTrainer:
         dist.all_reduce(amax, dist.ReduceOp.MAX, group=parallel_state.get_model_parallel_group())
         return amax, int(chosen.lengths.sum())
 
+    def restart_optimizer(self) -> None:
+        """Forget Adam's moments: what comes next is another objective."""
+        self._optimizer.forget()
+
     def source(self) -> MegatronSource:
         """Return the policy's weights as a stream of Hugging Face tensors, whole on every rank."""
         return self._source

@@ -65,7 +65,9 @@ def test_what_is_no_prompt_has_no_answer() -> None:
 def test_training_never_meets_a_held_out_prompt(seed: int, step: int) -> None:
     task = DigitTask(ALL, seed)
     held_out = set(task.heldout_prompts())
-    drawn = task.train_prompts(step, 64) + [prompt for prompt, _ in task.warmup_batch(step, 64)]
+    drawn = task.train_prompts(step, 64) + [
+        prompt for prompt, _ in task.demonstrations(step, 64, 0.5)
+    ]
     assert held_out.isdisjoint(drawn)
     assert not any(task.is_held_out(prompt) for prompt in drawn)
 
@@ -82,9 +84,9 @@ def test_a_resumed_run_sees_what_the_unbroken_one_would_have_seen() -> None:
     unbroken, resumed = DigitTask(ALL, 3), DigitTask(ALL, 3)
     for step in range(5):
         unbroken.train_prompts(step, 32)
-        unbroken.warmup_batch(step, 32)
+        unbroken.demonstrations(step, 32, 0.5)
     assert resumed.train_prompts(5, 32) == unbroken.train_prompts(5, 32)
-    assert resumed.warmup_batch(5, 32) == unbroken.warmup_batch(5, 32)
+    assert resumed.demonstrations(5, 32, 0.5) == unbroken.demonstrations(5, 32, 0.5)
 
 
 def test_steps_seeds_and_warmup_draw_different_prompts() -> None:
@@ -93,7 +95,7 @@ def test_steps_seeds_and_warmup_draw_different_prompts() -> None:
         task.train_prompts(5, 32),
         task.train_prompts(6, 32),
         DigitTask(ALL, 4).train_prompts(5, 32),
-        [prompt for prompt, _ in task.warmup_batch(5, 32)],
+        [prompt for prompt, _ in task.demonstrations(5, 32, 0.5)],
     ]
     assert len({tuple(draw) for draw in draws}) == len(draws)
 
@@ -103,9 +105,17 @@ def test_a_larger_batch_starts_with_the_smaller_one() -> None:
     assert task.train_prompts(1, 64)[:16] == task.train_prompts(1, 16)
 
 
-def test_warmup_examples_earn_the_full_reward() -> None:
+@pytest.mark.parametrize("slip_rate", [0.0, 0.33, 1.0])
+def test_digits_of_demonstrations_are_wrong_as_often_as_asked(slip_rate: float) -> None:
     task = DigitTask(ALL, 1)
-    assert all(task.reward(*example) == 1.0 for example in task.warmup_batch(0, 64))
+    digits = wrong = 0
+    for prompt, said in task.demonstrations(0, 2000, slip_rate):
+        right = task.answer(prompt)
+        assert len(said) == len(right) and said[-1] == task.eos_id
+        assert all(task.decode([id]).isdecimal() for id in said[:-1])
+        digits += len(right) - 1
+        wrong += sum(a != b for a, b in zip(right, said, strict=True))
+    assert wrong / digits == pytest.approx(slip_rate, abs=0.02)
 
 
 @pytest.mark.parametrize("operation", ["reverse", "sort", "sum"])
@@ -113,7 +123,7 @@ def test_lengths_and_ids_stay_within_what_is_announced(operation: str) -> None:
     task = DigitTask(
         TaskConfig(operations=(operation,), min_digits=1, max_digits=3, heldout_prompts=8), 0
     )
-    examples = task.warmup_batch(0, 2000)
+    examples = task.demonstrations(0, 2000, 0.5)
     assert max(len(prompt) for prompt, _ in examples) == task.max_prompt_tokens
     assert max(len(answer) for _, answer in examples) == task.max_response_tokens
     ids = {id for prompt, answer in examples for id in (*prompt, *answer)}

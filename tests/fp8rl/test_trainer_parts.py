@@ -92,7 +92,7 @@ def test_master_adamw_is_torch_adamw_on_fp32_copies(clip: float) -> None:
         {"params": [theirs["matrix"]], "weight_decay": 0.1},
         {"params": [theirs["vector"]], "weight_decay": 0.0},
     ]
-    reference = torch.optim.AdamW(groups, lr=1e-2, foreach=False)
+    reference = torch.optim.AdamW(groups, lr=1e-2, foreach=False, betas=(0.9, 0.95))
     optimizer = MasterAdamW(
         ours, learning_rate=1e-2, weight_decay=0.1, grad_clip=clip, group=dist.group.WORLD
     )
