@@ -1,1 +1,34 @@
-"""fp8rl.sync."""
+"""Motion: from a trainer's weights to an engine that has proven what it holds.
+
+    with RolloutEngine(...) as engine, Publisher(plan, engine) as publisher:
+        publisher.publish(source, version=7, kv_scales=scales)
+
+The trainer's side (this file's names) needs torch alone; the engine's side (``receiver.py``,
+``engine_state.py``) runs inside vLLM's workers, which load it through ``plugin.py``.
+"""
+
+from fp8rl.sync.errors import (
+    CorruptTensorError,
+    ManifestError,
+    ReadBackError,
+    SegmentError,
+    SourceError,
+)
+from fp8rl.sync.megatron import MegatronSource
+from fp8rl.sync.publisher import Publisher, SyncClient, SyncReport
+from fp8rl.sync.source import IterableSource, TensorMeta, WeightSource
+
+__all__ = [
+    "CorruptTensorError",
+    "IterableSource",
+    "ManifestError",
+    "MegatronSource",
+    "Publisher",
+    "ReadBackError",
+    "SegmentError",
+    "SourceError",
+    "SyncClient",
+    "SyncReport",
+    "TensorMeta",
+    "WeightSource",
+]
