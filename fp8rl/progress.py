@@ -97,16 +97,17 @@ class Progress:
             self._live = None
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Show ``name`` as running, and add the seconds inside to its time. May be nested."""
+    def phase(self, name: str, *, timed: bool = True) -> Iterator[None]:
+        """Show ``name`` as running; if ``timed``, add the seconds to its time. May be nested."""
         began = time.perf_counter()
         self._running.append((name, began))
         try:
             yield
         finally:
             self._running.pop()
-            spent = time.perf_counter() - began
-            self._seconds[name] = self._seconds.get(name, 0.0) + spent
+            if timed:
+                spent = time.perf_counter() - began
+                self._seconds[name] = self._seconds.get(name, 0.0) + spent
 
     def phase_seconds(self) -> dict[str, float]:
         """Phase name -> seconds in it since the last ``step`` (or the start)."""

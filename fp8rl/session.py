@@ -121,10 +121,10 @@ def open_session(config: RunConfig, *, resume: bool, command: str) -> Iterator[S
         display = stack.enter_context(ExitStack())
         display.enter_context(progress)
         version, calibration = _restore(config, folder, trainer, task, rank, resume, progress)
-        progress.message("waiting for the rollout engine")
         layers = config.model.num_layers if settings.fp8_kv else 0
-        publisher = stack.enter_context(Publisher(settings.plan(), engine, kv_layers=layers))
-        dist.barrier()  # the other ranks wait for the engine too, and stop with rank 0 at Ctrl-C
+        with progress.phase("waiting for the rollout engine", timed=False):
+            publisher = stack.enter_context(Publisher(settings.plan(), engine, kv_layers=layers))
+            dist.barrier()  # the other ranks wait for it too, and stop with rank 0 at Ctrl-C
         session = Session(
             config=config,
             command=command,
@@ -214,7 +214,8 @@ def _warm_up(
         def loss_fn(logprobs: Tensor, rows: slice, tokens: Tensor = tokens) -> Tensor:
             return -logprobs.sum() / tokens  # 0 outside the responses
 
-        loss = trainer.update(batch, loss_fn, learning_rate=settings.learning_rate)["loss"]
+        with progress.phase(f"warm-up {number + 1}/{settings.steps}", timed=False):
+            loss = trainer.update(batch, loss_fn, learning_rate=settings.learning_rate)["loss"]
     trainer.restart_optimizer()
     progress.message(
         f"warm-up: {settings.steps} supervised steps of {settings.batch_size} examples, "
