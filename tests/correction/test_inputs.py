@@ -59,7 +59,8 @@ def test_unmasked_log_probs_that_are_none_are_refused_by_name_and_place(make_bat
 
 def test_a_log_prob_positive_by_rounding_is_accepted(make_batch):
     b = make_batch(0)
-    correct(TIS(), torch.full_like(b.old, 5e-5), b.rollout, b.mask)
+    fix = correct(TIS(), torch.full_like(b.old, 5e-5), b.rollout, b.mask)
+    assert fix.weights[b.mask.bool()].isfinite().all()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -182,7 +182,9 @@ def test_numbers_that_cannot_be_drawn_do_not_end_the_run(run):
         broken = {key: value for key in step_metrics(1, random.Random(0)) if "/" in key}
         run.append({"step": step, "version": step, **broken})
     run.write_result(result(run, command=None, environment=None))
-    Page(write_report(run.path).read_text())
+    page = write_report(run.path)
+    Page(page.read_text())
+    assert (run.path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_environment_is_json_and_reads_the_processor(tmp_path):

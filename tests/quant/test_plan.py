@@ -141,10 +141,12 @@ def test_shapes_the_engine_cannot_serve_are_named(change, options, message):
 
 
 def test_shapes_that_fill_whole_blocks_on_every_rank_are_taken():
-    plan(tensor_parallel=2)
-    plan({"head_dim": 128, "num_key_value_heads": 2}, tensor_parallel=4)  # kv heads are copied
-    plan({"intermediate_size": 576}, weights="bf16")
-    plan({"intermediate_size": 576}, keep_patterns=["*.mlp.*"])
+    assert not kept_linears(plan(tensor_parallel=2))
+    copied = plan({"head_dim": 128, "num_key_value_heads": 2}, tensor_parallel=4)  # kv heads
+    assert not kept_linears(copied)
+    assert len(kept_linears(plan({"intermediate_size": 576}, weights="bf16"))) == 3 * len(LINEARS)
+    kept = kept_linears(plan({"intermediate_size": 576}, keep_patterns=["*.mlp.*"]))
+    assert len(kept) == 3 * 3 and all(".mlp." in name for name in kept)
 
 
 @pytest.mark.parametrize(
