@@ -4,44 +4,81 @@ Start with `quantize_blockwise`, `QuantPlan.from_hf_config` and `KVScales.from_a
 alone, and imports nothing else of fp8rl.
 """
 
-from fp8rl.quant.blockwise import dequantize_blockwise, quantize_activations, quantize_blockwise
+from fp8rl.quant.audit import EngineTensor, PlanDifference
+from fp8rl.quant.blockwise import (
+    FP32Source,
+    dequantize_blockwise,
+    empty_quantized,
+    quantize_activations,
+    quantize_blockwise,
+)
 from fp8rl.quant.errors import (
+    FakeQuantError,
     KVScaleError,
     NonFiniteActivationError,
     NonFiniteError,
     NonFiniteWeightError,
     QuantFormatError,
     QuantPlanError,
+    ShardError,
+)
+from fp8rl.quant.fake_quant import (
+    FakeQuantization,
+    TrainerLinear,
+    fake_quantize,
+    hugging_face_linears,
 )
 from fp8rl.quant.kv_scales import QKV, KVScales, LayerScales, kv_scale_name
 from fp8rl.quant.measure import QuantError, measure_error
+from fp8rl.quant.mxfp8 import MXFP8Tensor, dequantize_mxfp8, quantize_mxfp8
 from fp8rl.quant.observer import AmaxObserver
-from fp8rl.quant.plan import EngineTensor, PlanEntry, QuantPlan, WeightPrecision
+from fp8rl.quant.plan import PlanEntry, QuantPlan, UnfitShapes, WeightPrecision
 from fp8rl.quant.scales import E4M3_MAX, ScaleFormat
+from fp8rl.quant.shard_layout import Box, ShardLayout
+from fp8rl.quant.sharded import QuantizedShard, WeightShard, join_shards, quantize_shards
 from fp8rl.quant.tensor import QuantizedTensor
 
 __all__ = [
     "E4M3_MAX",
     "QKV",
     "AmaxObserver",
+    "Box",
     "EngineTensor",
+    "FP32Source",
+    "FakeQuantError",
+    "FakeQuantization",
     "KVScaleError",
     "KVScales",
     "LayerScales",
+    "MXFP8Tensor",
     "NonFiniteActivationError",
     "NonFiniteError",
     "NonFiniteWeightError",
+    "PlanDifference",
     "PlanEntry",
     "QuantError",
     "QuantFormatError",
     "QuantPlan",
     "QuantPlanError",
+    "QuantizedShard",
     "QuantizedTensor",
     "ScaleFormat",
+    "ShardError",
+    "ShardLayout",
+    "TrainerLinear",
+    "UnfitShapes",
     "WeightPrecision",
+    "WeightShard",
     "dequantize_blockwise",
+    "dequantize_mxfp8",
+    "empty_quantized",
+    "fake_quantize",
+    "hugging_face_linears",
+    "join_shards",
     "kv_scale_name",
     "measure_error",
     "quantize_activations",
     "quantize_blockwise",
+    "quantize_mxfp8",
+    "quantize_shards",
 ]

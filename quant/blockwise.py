@@ -1,7 +1,14 @@
-"""Blockwise FP8: the reference cast, in plain torch, that defines every case.
+"""Blockwise FP8: weights and activations to E4M3 with a scale for each block, and back.
 
-    amax  = max |x| of each block, in fp32         (scales.py: amax -> scale, scale_inv)
-    data  = E4M3(clamp(x * scale, -448, 448))      round to nearest, ties to even
+    data[i, j] = E4M3(clamp(x[i, j] * scale[b], -448, 448)),   scale_inv[b] = 1 / scale[b]
+
+for b the block of (i, j): 128 x 128 for weights, 1 x 128 for activations. What each case gives is
+defined in reference.py (the cast) and scales.py (amax -> scale); the work is done by the fastest
+path that the device has, all of them equal to the reference bit for bit:
+
+    CUDA          triton_kernel.py   one read of the input
+    CPU, large    compiled.py        torch.compile
+    otherwise     chunked.py         the reference, a few rows of blocks at a time
 
 * Ragged edges behave as if the tensor were padded with zeros; the padding is not stored.
 * 3-D tensors (experts): each matrix alone. Empty tensors: empty results.
@@ -14,25 +21,30 @@ exactly 224 (an amax in (224, 232] * 2^k): 224 also fits at half the scale, wher
 have other codes. (A block that rounded to nothing at the smallest scale becomes a zero block.)
 Magnitudes of 248 * 2^120 (3.30e38) and above round to 2^128, which fp32 reads back as Inf.
 
-Source: FP8-RL (arXiv 2601.18150); DeepSeek-V3 (arXiv 2412.19437), section 3.3. Left out: fast
-paths, which have to equal this one bit for bit.
+Source: FP8-RL (arXiv 2601.18150); DeepSeek-V3 (arXiv 2412.19437), section 3.3. Left out: parts of a
+tensor that share a block (sharded.py), MXFP8 (mxfp8.py).
 """
 
+from typing import Literal
+
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from fp8rl.quant.chunked import chunked_cast
+from fp8rl.quant.compiled import compiled_cast
 from fp8rl.quant.errors import (
     NonFiniteActivationError,
     NonFiniteError,
     NonFiniteWeightError,
     QuantFormatError,
 )
-from fp8rl.quant.scales import E4M3_MAX, ScaleFormat, scales_of
+from fp8rl.quant.scales import ScaleFormat
 from fp8rl.quant.tensor import FP8_DTYPE, QuantizedTensor, check_format, scale_shape
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+FP32Source = Literal["master", "export"]
 
 
 def quantize_blockwise(
@@ -41,19 +53,23 @@ def quantize_blockwise(
     block_size: tuple[int, int] = (128, 128),
     scale_format: ScaleFormat = "pow2",
     name: str = "weight",
+    fp32_as: FP32Source | None = None,
+    out: QuantizedTensor | None = None,
 ) -> QuantizedTensor:
     """Quantize a weight [N, K] or stacked experts [E, N, K] to E4M3 with a scale for each block.
 
-    `weight` is bf16, fp16 or fp32; quantizing fp32 master weights and quantizing their bf16 export
-    are different things. `name` is for the error message.
+    weight: bf16, fp16 or fp32, on any device.
+    name: of the tensor, for messages.
+    fp32_as: what an fp32 weight stands for, to be said for every fp32 weight because the results
+        differ. "master": these values are quantized (as Transformer Engine casts its FP8 primary
+        weights). "export": they are rounded to bf16 first, as a BF16 checkpoint would hold them.
+    out: where to write, contiguous; returned. After an error it holds nothing of use.
 
-    Raises NonFiniteWeightError on NaN or Inf, QuantFormatError on another dtype, rank or format.
+    Raises NonFiniteWeightError on NaN or Inf; QuantFormatError on another dtype, rank or format, an
+    fp32 weight without `fp32_as`, and an `out` that does not fit.
     """
-    if weight.ndim not in (2, 3):
-        raise QuantFormatError(
-            f"{name}: a weight must be [N, K] or [E, N, K], found shape {tuple(weight.shape)}"
-        )
-    return _quantize(weight, block_size, scale_format, name, NonFiniteWeightError)
+    values = weight_values(weight, fp32_as, name)
+    return _quantize(values, block_size, scale_format, name, NonFiniteWeightError, out)
 
 
 def quantize_activations(
@@ -72,7 +88,8 @@ def quantize_activations(
     """
     if x.ndim < 2:
         raise QuantFormatError(f"activations must be [.., T, K], found shape {tuple(x.shape)}")
-    return _quantize(x, (1, group_size), scale_format, "activations", NonFiniteActivationError)
+    block_size = (1, group_size)
+    return _quantize(x, block_size, scale_format, "activations", NonFiniteActivationError, None)
 
 
 def dequantize_blockwise(
@@ -90,42 +107,92 @@ def dequantize_blockwise(
     return q.data.float().mul_(scale).to(dtype)
 
 
+def empty_quantized(
+    shape: tuple[int, ...],
+    *,
+    block_size: tuple[int, int] = (128, 128),
+    scale_format: ScaleFormat = "pow2",
+    device: torch.device | str = "cpu",
+) -> QuantizedTensor:
+    """Allocate, without values, the result of quantizing a tensor of `shape`."""
+    check_format(block_size, scale_format)
+    data = torch.empty(shape, dtype=FP8_DTYPE, device=device)
+    scales = torch.empty(scale_shape(shape, block_size), dtype=torch.float32, device=device)
+    return QuantizedTensor(data, scales, block_size, scale_format)
+
+
+def weight_values(weight: Tensor, fp32_as: FP32Source | None, name: str) -> Tensor:
+    """Return the values to quantize of a weight, detached; QuantFormatError where undefined."""
+    if weight.ndim not in (2, 3):
+        raise QuantFormatError(
+            f"{name}: a weight must be [N, K] or [E, N, K], found shape {tuple(weight.shape)}"
+        )
+    if weight.dtype not in _DTYPES:
+        raise QuantFormatError(f"{name}: dtype must be one of {_DTYPES}, found {weight.dtype}")
+    weight = weight.detach()
+    if weight.dtype != torch.float32 or fp32_as == "master":
+        return weight
+    if fp32_as == "export":
+        return weight.to(torch.bfloat16)
+    raise QuantFormatError(
+        f"{name}: is fp32, and fp32_as is {fp32_as!r}; say fp32_as='master' to quantize these "
+        "values or 'export' to round them to bf16 first: the two give different weights"
+    )
+
+
 def _quantize(
     x: Tensor,
     block_size: tuple[int, int],
     scale_format: ScaleFormat,
     name: str,
     error: type[NonFiniteError],
+    out: QuantizedTensor | None,
 ) -> QuantizedTensor:
     check_format(block_size, scale_format)
     if x.dtype not in _DTYPES:
         raise QuantFormatError(f"{name}: dtype must be one of {_DTYPES}, found {x.dtype}")
     x = x.detach()
-    n, k = x.shape[-2:]
-    scales = scale_shape(tuple(x.shape), block_size)
+    if out is None:
+        out = empty_quantized(
+            tuple(x.shape), block_size=block_size, scale_format=scale_format, device=x.device
+        )
+    else:
+        _check_out(x, block_size, scale_format, name, out)
     if x.numel() == 0:
-        data = torch.empty(x.shape, dtype=FP8_DTYPE, device=x.device)
-        empty = torch.empty(scales, dtype=torch.float32, device=x.device)
-        return QuantizedTensor(data, empty, block_size, scale_format)
-    blocks = _blocked(x, block_size)
-    amax = blocks.abs().amax(dim=(-3, -1)).float()
-    if not bool(torch.isfinite(amax).all()):  # amax carries NaN and Inf of any element
+        return out
+    _cast(x, out)
+    if not bool(torch.isfinite(out.scale_inv).all()):
         raise _non_finite(x, name, error)
-    scale, scale_inv = scales_of(amax, scale_format)
-    scaled = torch.mul(blocks, scale[..., :, None, :, None])  # fp32, whatever the input is
-    codes = scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(FP8_DTYPE)
-    rows, columns = scales[-2] * block_size[0], scales[-1] * block_size[1]
-    data = codes.view(*x.shape[:-2], rows, columns)[..., :n, :k].contiguous()
-    return QuantizedTensor(data, scale_inv, block_size, scale_format)
+    return out
 
 
-def _blocked(x: Tensor, block_size: tuple[int, int]) -> Tensor:
-    """View [.., N, K], zero-padded to whole blocks, as [.., N/bn, bn, K/bk, bk]."""
-    (n, k), (bn, bk) = x.shape[-2:], block_size
-    if n % bn or k % bk:
-        x = F.pad(x, (0, -k % bk, 0, -n % bn))
-    *lead, n, k = x.shape
-    return x.reshape(*lead, n // bn, bn, k // bk, bk)
+def _cast(x: Tensor, out: QuantizedTensor) -> None:
+    """Quantize `x` into `out` by the fastest path there is."""
+    if x.is_cuda:
+        from fp8rl.quant.triton_kernel import runs_on, triton_cast
+
+        if runs_on(x.device):
+            return triton_cast(x, out)
+    elif compiled_cast(x, out):
+        return None
+    return chunked_cast(x, out)
+
+
+def _check_out(
+    x: Tensor,
+    block_size: tuple[int, int],
+    scale_format: ScaleFormat,
+    name: str,
+    out: QuantizedTensor,
+) -> None:
+    found = (out.shape, out.block_size, out.scale_format, out.data.device)
+    expected = (tuple(x.shape), block_size, scale_format, x.device)
+    if found != expected:
+        raise QuantFormatError(
+            f"{name}: out is (shape, block size, scale format, device) {found}, expected {expected}"
+        )
+    if not (out.data.is_contiguous() and out.scale_inv.is_contiguous()):
+        raise QuantFormatError(f"{name}: out must be contiguous in data and in scale_inv")
 
 
 def _non_finite(x: Tensor, name: str, error: type[NonFiniteError]) -> NonFiniteError:

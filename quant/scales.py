@@ -13,10 +13,11 @@ the block would then overflow. `fp32` is Transformer Engine's rule.
 
 Small amax: `scale_inv` is at least 2^-126, the smallest normal fp32 number, in both formats, so no
 kernel that flushes denormals can turn a scale into 0. This bounds blocks with amax < 5.3e-36 only.
-A block of zeros has scale 1.0.
+A block of zeros has scale 1.0. A block with NaN or Inf has scale NaN, so that looking at the scales
+finds it.
 
 Source: Transformer Engine, common/recipe (compute_scale_from_amax); DeepGEMM, utils/math. Left out:
-E8M0 bytes (MXFP8), which store the same exponent without its fp32 wrapping.
+E8M0 bytes (mxfp8.py), which store the same exponent without its fp32 wrapping.
 """
 
 from typing import Final, Literal
@@ -39,14 +40,15 @@ _MIN_EXPONENT: Final = -126
 def pow2_scale_inv(amax: Float32[Tensor, "*blocks"]) -> Float32[Tensor, "*blocks"]:
     """Return the smallest power of two, at least 2^-126, that brings `amax` to 448 or less.
 
-    `amax` is fp32, finite and not negative (the caller checks); zero gives 1.0.
+    `amax` is fp32 and not negative; zero gives 1.0, Inf and NaN give NaN.
     """
     bits = amax.contiguous().view(torch.int32)
     above = (bits & _MANTISSA_MASK) > _MANTISSA_OF_448
     exponent = (bits >> _MANTISSA_BITS) - _BIAS - 8 + above.to(torch.int32)
     exponent = exponent.clamp(min=_MIN_EXPONENT)
     scale_inv = ((exponent + _BIAS) << _MANTISSA_BITS).view(torch.float32)
-    return torch.where(amax == 0, torch.ones_like(scale_inv), scale_inv)
+    scale_inv = torch.where(amax == 0, 1.0, scale_inv)
+    return torch.where(torch.isfinite(amax), scale_inv, torch.nan)
 
 
 def scales_of(
@@ -60,4 +62,5 @@ def scales_of(
     # A tensor on the left: torch makes `448.0 / amax` a reciprocal and a product, rounded twice.
     scale = torch.div(one * E4M3_MAX, amax).clamp(max=2.0**-_MIN_EXPONENT)
     scale = torch.where(amax == 0, one, scale)
+    scale = torch.where(torch.isfinite(amax), scale, torch.nan)
     return scale, torch.div(one, scale)

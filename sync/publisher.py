@@ -1,9 +1,10 @@
 """The trainer's side of an update: quantize at the source, publish, and know that it arrived.
 
-One weight goes one way: source (BF16, Hugging Face name) -> plan -> blockwise FP8 -> segment with
-its digest -> the engine's receiver. Only when every tensor lies in the segment does the engine hear
-of the update, so a NaN in a weight or a source that breaks leaves the engine as it was. The control
-calls are the four of vLLM's ``VLLMWeightSyncClient``; any object that has them can be the client.
+One weight goes one way: source (Hugging Face name) -> plan -> blockwise FP8, written straight into
+the segment, with its digest -> the engine's receiver. Only when every tensor lies in the segment
+does the engine hear of the update, so a NaN in a weight or a source that breaks leaves the engine
+as it was. The control calls are the four of vLLM's ``VLLMWeightSyncClient``; any object that has
+them can be the client.
 
 Where the trainer is sharded, every rank calls ``publish`` (iterating the source is a collective)
 and only the rank that holds a client writes and sends.
@@ -20,8 +21,10 @@ import torch
 from fp8rl.quant import (
     QKV,
     EngineTensor,
+    FP32Source,
     KVScales,
     NonFiniteWeightError,
+    QuantizedTensor,
     QuantPlan,
     kv_scale_name,
     quantize_blockwise,
@@ -74,16 +77,26 @@ class _Slot:
 class Publisher:
     """Publishes versions of one model to one engine; close it (or use ``with``) when done."""
 
-    def __init__(self, plan: QuantPlan, client: SyncClient | None, *, kv_layers: int = 0) -> None:
+    def __init__(
+        self,
+        plan: QuantPlan,
+        client: SyncClient | None,
+        *,
+        kv_layers: int = 0,
+        fp32_as: FP32Source | None = None,
+    ) -> None:
         """Lay out the segment and introduce it to the engine.
 
         Args:
             plan: which tensors are quantized; its engine tensors are what is sent.
             client: the engine, or None on trainer ranks that only take part in collectives.
             kv_layers: attention layers with an FP8 cache, for which scales will be sent.
+            fp32_as: what fp32 weights of the source stand for, as in `quantize_blockwise`; they
+                are refused without it.
         """
         self._plan = plan
         self._client = client
+        self._fp32_as = fp32_as
         self._segment: Segment | None = None
         self._slots: dict[str, _Slot] = {}
         end = 0
@@ -164,7 +177,13 @@ class Publisher:
     def _write(self, name: str, tensor: torch.Tensor, records: dict[str, TensorRecord]) -> None:
         """Quantize or keep one Hugging Face tensor, and write it with its digest."""
         if self._plan.is_quantized(name):
-            quantized = quantize_blockwise(tensor, name=name)
+            self._slot(name, tensor, records)
+            quantized = quantize_blockwise(
+                tensor,
+                name=name,
+                fp32_as=self._fp32_as,
+                out=self._place(name) if tensor.device.type == "cpu" else None,
+            )
             self._put(name, quantized.data, records)
             self._put(f"{name}_scale_inv", quantized.scale_inv, records)
             return
@@ -172,9 +191,33 @@ class Publisher:
         if bool(bad.any()):
             first = tuple(bad.nonzero()[0].tolist())
             raise NonFiniteWeightError(name, int(bad.sum()), first, float(tensor[first]))
-        self._put(name, tensor.to(torch.bfloat16), records)
+        self._put(name, tensor.to(self._plan.entry(name).dtype), records)
+
+    def _place(self, name: str) -> QuantizedTensor:
+        """The place of a quantized weight in the segment, as a tensor to write."""
+        data, scale_inv = (self._view(self._slots[n]) for n in (name, f"{name}_scale_inv"))
+        return QuantizedTensor(data, scale_inv, (128, 128), "pow2")
+
+    def _view(self, slot: _Slot) -> torch.Tensor:
+        assert self._segment is not None
+        return self._segment.view(slot.offset, slot.nbytes).view(slot.dtype).view(slot.shape)
 
     def _put(self, name: str, tensor: torch.Tensor, records: dict[str, TensorRecord]) -> None:
+        slot = self._slot(name, tensor, records)
+        view = self._view(slot)
+        if tensor.data_ptr() != view.data_ptr():  # not written in place
+            view.copy_(tensor.detach())
+        records[name] = TensorRecord(
+            name=name,
+            dtype=DTYPE_NAMES[slot.dtype],
+            shape=slot.shape,
+            offset=slot.offset,
+            nbytes=slot.nbytes,
+            digest=digest(view),
+        )
+
+    def _slot(self, name: str, tensor: torch.Tensor, records: dict[str, TensorRecord]) -> _Slot:
+        """Where a tensor goes; refused where it does not fit there."""
         slot = self._slots.get(name)
         if slot is None:
             raise SourceError(f"{name} has no place in the segment; was kv_layers set?")
@@ -182,14 +225,4 @@ class Publisher:
             raise SourceError(f"the source yielded {name} twice")
         if tuple(tensor.shape) != slot.shape:
             raise SourceError(f"{name}: shape {list(tensor.shape)}, planned {list(slot.shape)}")
-        assert self._segment is not None
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        self._segment.view(slot.offset, slot.nbytes).copy_(raw)
-        records[name] = TensorRecord(
-            name=name,
-            dtype=DTYPE_NAMES[slot.dtype],
-            shape=slot.shape,
-            offset=slot.offset,
-            nbytes=slot.nbytes,
-            digest=digest(raw),
-        )
+        return slot

@@ -9,6 +9,7 @@ from jaxtyping import install_import_hook
 
 ROOT = Path(__file__).parents[1]
 PYDANTIC = {"config", "manifest"}  # records that check themselves, with `Self` in their methods
+COMPILED = {"compiled", "triton_kernel"}  # torch.compile or Triton would compile the checks too
 
 # Before any import of the rooms: every annotated call in them is checked by beartype.
 install_import_hook(
@@ -16,7 +17,7 @@ install_import_hook(
         f"fp8rl.{room}.{file.stem}"
         for room in ("quant", "sync", "correction")
         for file in (ROOT / room).glob("*.py")
-        if file.stem not in PYDANTIC | {"__init__"}
+        if file.stem not in PYDANTIC | COMPILED | {"__init__"}
     ],
     "beartype.beartype",
 )

@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from fp8rl.quant import NonFiniteWeightError, QuantPlan, QuantPlanError, quantize_blockwise
+from fp8rl.quant import (
+    NonFiniteWeightError,
+    QuantFormatError,
+    QuantPlan,
+    QuantPlanError,
+    quantize_blockwise,
+)
 from fp8rl.sync.errors import SourceError
 from fp8rl.sync.manifest import DTYPES, digest, parse_manifest
 from fp8rl.sync.publisher import Publisher
@@ -46,8 +52,10 @@ class Recorder:
         self.calls.append(f"finish {weight_version}")
 
 
-def publish(tensors: dict[str, torch.Tensor], recorder: Recorder, *, version: int = 0) -> Any:
-    with Publisher(PLAN, recorder, kv_layers=helpers.LAYERS) as publisher:
+def publish(
+    tensors: dict[str, torch.Tensor], recorder: Recorder, *, version: int = 0, **options: Any
+) -> Any:
+    with Publisher(PLAN, recorder, kv_layers=helpers.LAYERS, **options) as publisher:
         source = IterableSource(tensors)
         return publisher.publish(source, version=version, kv_scales=helpers.scales(version))
 
@@ -103,6 +111,8 @@ def test_a_tensor_of_another_model_shape_or_twice_is_refused() -> None:
     recorder, weights = Recorder(), helpers.weights(0)
     with pytest.raises(QuantPlanError, match="no place in this plan"):
         publish({**weights, "model.layers.7.mlp.up_proj.weight": weights[A_WEIGHT]}, recorder)
+    with pytest.raises(SourceError, match=rf"{A_WEIGHT}: shape \[256, 256\], planned"):
+        publish({**weights, A_WEIGHT: torch.ones(256, 256, dtype=torch.bfloat16)}, recorder)
     with pytest.raises(SourceError, match=r"shape \[128\], planned \[256\]"):
         publish({**weights, A_NORM: torch.ones(128, dtype=torch.bfloat16)}, recorder)
     twice = [*weights.items(), (A_NORM, weights[A_NORM])]
@@ -117,6 +127,21 @@ def test_a_tensor_of_another_model_shape_or_twice_is_refused() -> None:
     ):
         publisher.publish(Twice(weights), version=0, kv_scales=helpers.scales(0))
     assert recorder.calls == []
+
+
+def test_fp32_weights_are_published_only_as_what_the_trainer_says_they_are() -> None:
+    weights = {name: weight.float() for name, weight in helpers.weights(0).items()}
+    weights[A_WEIGHT] = weights[A_WEIGHT] * (1 + 2**-10)  # not a bf16 number any more
+    with pytest.raises(QuantFormatError, match="fp32_as"):
+        publish(weights, Recorder())
+    wire = {}
+    for fp32_as in ("master", "export"):
+        recorder = Recorder()
+        publish(weights, recorder, fp32_as=fp32_as)
+        wire[fp32_as] = recorder.tensors[A_WEIGHT].view(torch.uint8)
+        q = quantize_blockwise(weights[A_WEIGHT], fp32_as=fp32_as)
+        assert torch.equal(wire[fp32_as], q.data.view(torch.uint8))
+    assert not torch.equal(wire["master"], wire["export"])
 
 
 def test_a_rank_without_a_client_only_iterates() -> None:
