@@ -28,6 +28,7 @@ from fp8rl.correction import TIS, CorrectionConfig, PolicyLossConfig
 from fp8rl.errors import ConfigError
 
 Precision = Literal["bf16", "fp8", "fp8-kv"]
+TrainerPrecision = Literal["bf16", "fp8-aligned"]
 BLOCK = 128  # the width of an FP8 weight block; every linear's sides are multiples of it
 VOCAB_MULTIPLE = 64  # the vocabulary is padded to a multiple of this
 
@@ -106,6 +107,9 @@ class WarmupConfig(Frozen):
 class TrainerConfig(Frozen):
     """AdamW on fp32 masters of BF16 weights, and how the model is split over ranks."""
 
+    precision: TrainerPrecision = Field(
+        "bf16", description="of its linears; fp8-aligned: with the weights that the engine holds"
+    )
     learning_rate: PositiveFloat = Field(1e-4, description="AdamW learning rate")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     grad_clip: PositiveFloat = Field(1.0, description="bound on the gradient norm")
@@ -180,6 +184,29 @@ class RunConfig(Frozen):
                 f"trainer.minibatches is {self.trainer.minibatches}, which does not divide "
                 f"rollout.prompts_per_step ({self.rollout.prompts_per_step})"
             )
+        return self
+
+    @check(mode="after")
+    def _precisions_fit(self) -> Self:
+        if self.trainer.precision == "fp8-aligned" and self.rollout.precision == "bf16":
+            raise ValueError(
+                "trainer.precision is fp8-aligned, but rollout.precision is bf16: the engine has "
+                "no FP8 weights to align with; use trainer.precision=bf16 or "
+                "rollout.precision=fp8"
+            )
+        shape, ranks = self.model, self.trainer.tensor_parallel
+        cut = {
+            "num_heads x head_dim": shape.num_heads * shape.head_dim,
+            "num_kv_heads x head_dim": shape.num_kv_heads * shape.head_dim,
+            "ffn_hidden_size": shape.ffn_hidden_size,
+        }
+        for name, width in cut.items():
+            if self.trainer.precision == "fp8-aligned" and width % (BLOCK * ranks):
+                raise ValueError(
+                    f"trainer.precision is fp8-aligned and trainer.tensor_parallel is {ranks}, so "
+                    f"{name} must be a multiple of {BLOCK * ranks}, for no FP8 block to straddle "
+                    f"ranks; it is {width}"
+                )
         return self
 
     @property

@@ -18,6 +18,7 @@ from typing import Any
 
 from fp8rl.errors import StaleWeightsError
 from fp8rl.lifeline import end_with_parent
+from fp8rl.sync.manifest import DTYPE_NAMES
 from fp8rl.sync.plugin import BACKEND
 
 
@@ -40,6 +41,11 @@ class EngineServer:
         """For each worker: the live weight-transfer backend, its version and why it refuses."""
         reports: list[dict[str, Any]] = self._llm.collective_rpc(_describe_receiver)
         return reports
+
+    def engine_tensors(self) -> list[list[Any]]:
+        """For each worker: name, dtype and shape of every tensor that its model takes."""
+        tensors: list[list[Any]] = self._llm.collective_rpc(_list_tensors)
+        return tensors
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Tell every worker where the trainer's segment lies."""
@@ -112,6 +118,12 @@ def _describe_receiver(worker: Any) -> dict[str, Any]:
     }
 
 
+def _list_tensors(worker: Any) -> list[Any]:
+    """Run inside a worker: what its own model takes, as JSON values."""
+    expected = worker.weight_transfer_engine.expected.values()
+    return [[t.name, DTYPE_NAMES[t.dtype], list(t.shape)] for t in expected]
+
+
 def _sample(completion: Any) -> dict[str, Any]:
     """One vLLM completion as JSON values."""
     tokens = list(completion.token_ids)
@@ -132,7 +144,7 @@ def serve(connection: socket.socket) -> None:
     if not first:
         return
     server = EngineServer(json.loads(first))
-    _reply(connection, {"ready": True})
+    _reply(connection, {"ready": True, "tensors": server.engine_tensors()})
     for line in lines:
         request = json.loads(line)
         method: Callable[..., Any] = getattr(server, request["method"])

@@ -93,8 +93,10 @@ def write_report(path: Path) -> Path:
 
 
 def describe(config: Mapping[str, Any]) -> str:
-    """One line: what the rollouts ran in, the correction, the seed."""
+    """One line: what the rollouts ran in, the trainer if not BF16, the correction, the seed."""
     arm = ARMS[config["rollout"]["precision"]]
+    if config["trainer"].get("precision") == "fp8-aligned":  # absent in older runs
+        arm += ", FP8-aligned trainer"
     return f"{arm}, correction {config['correction']['kind']}, seed {config['seed']}"
 
 

@@ -20,9 +20,11 @@ from typing import Any
 
 from fp8rl.config import Precision
 from fp8rl.errors import EngineDiedError, EngineError, StaleWeightsError
-from fp8rl.quant import QuantPlan, WeightPrecision
+from fp8rl.quant import EngineTensor, QuantPlan, WeightPrecision
+from fp8rl.sync.manifest import DTYPES, DtypeName
 
 LOG_LINES_SHOWN = 15
+DIFFERENCES_SHOWN = 5
 STOP_SECONDS = 10.0  # from a closed socket to the end of its process
 
 # Of torchrun's variables none may reach vLLM, which would take them for its own rendezvous.
@@ -145,6 +147,7 @@ class RolloutEngine:
         self._socket = ours
         self._lines = ours.makefile("r", encoding="utf-8")
         self._ready = False
+        self._unplanned: list[str] = []  # where the engine is not what the plan says
         self._send(arguments)
 
     def __enter__(self) -> RolloutEngine:
@@ -217,10 +220,28 @@ class RolloutEngine:
         self._call("finish_weight_update", weight_version=weight_version)
 
     def wait_ready(self) -> None:
-        """Block until the engine is up; raises EngineDiedError if it does not start."""
+        """Block until the engine is up and audited against the plan.
+
+        Raises:
+            EngineDiedError: it does not start. EngineError: its model is not what the plan says.
+        """
         if not self._ready:
-            self._receive()
+            self._unplanned = self._audit(self._receive()["tensors"])
             self._ready = True
+        if self._unplanned:
+            shown = "; ".join(self._unplanned[:DIFFERENCES_SHOWN])
+            raise EngineError(
+                f"the engine's model differs from the quantization plan in {len(self._unplanned)} "
+                f"tensor(s), so nothing is sent to it: {shown}"
+            )
+
+    def _audit(self, workers: list[list[tuple[str, DtypeName, list[int]]]]) -> list[str]:
+        """Every difference between the plan and the tensors that each worker reports."""
+        plan, problems = self.settings.plan(), []
+        for tensors in workers:
+            found = [EngineTensor(n, DTYPES[dtype], tuple(shape)) for n, dtype, shape in tensors]
+            problems += [str(difference) for difference in plan.audit(found)]
+        return problems
 
     def _call(self, method: str, **params: Any) -> Any:
         self.wait_ready()

@@ -114,7 +114,7 @@ def open_session(config: RunConfig, *, resume: bool, command: str) -> Iterator[S
         engine = None
         if rank == 0:  # it comes up while the trainer warms up
             engine = stack.enter_context(RolloutEngine(settings, folder.path))
-        trainer = MegatronTrainer(config, task.vocab_size)
+        trainer = MegatronTrainer(config, task.vocab_size, settings.plan())
         console = Console()
         title = describe(config.model_dump(mode="json"))
         progress = Progress(config.steps, title, console, enabled=rank == 0)

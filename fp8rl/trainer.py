@@ -7,13 +7,15 @@ Scoring and training use one forward pass, so that both see the same numbers:
 Forward, backward and the exchange between ranks are Megatron's own (schedules, DDP gradient
 buffers in fp32, vocabulary-parallel cross entropy); the optimizer is ``master_adamw.py``. A batch
 is cut into micro-batches of one size; the last is filled up with empty rows, which no loss sees.
-Every rank is given the whole batch and returns the same results. Left out: data parallelism,
+Every rank is given the whole batch and returns the same results. With precision fp8-aligned the
+linears compute with the engine's FP8 weights (``quant/fake_quant.py``). Left out: data parallelism,
 recomputation, GPUs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -29,7 +31,7 @@ from fp8rl.master_adamw import MasterAdamW
 from fp8rl.megatron_cpu import cpu_stands_in
 from fp8rl.megatron_model import build_model
 from fp8rl.micro_batch import MicroBatch, cut, sample_rows
-from fp8rl.quant import AmaxObserver
+from fp8rl.quant import AmaxObserver, FakeQuantization, QuantPlan, ScaleFormat, fake_quantize
 from fp8rl.sync.megatron import MegatronSource, global_parameters
 
 LossFn = Callable[[Tensor, slice], Tensor]
@@ -41,9 +43,17 @@ class MegatronTrainer:
 
     Call inside ``init_distributed(config)``. ``vocab_size`` must divide by
     ``trainer.tensor_parallel``. The model's layout over ranks does not change its initial weights.
+
+    With ``trainer.precision`` fp8-aligned, every forward, from the first step of the warm-up on,
+    computes with the FP8 weights that ``plan``, the engine's, publishes. Names, masters, gradients
+    and checkpoints are those of a BF16 trainer, which can go on with them.
+
+    Raises:
+        TrainerError: fp8-aligned without a plan.
+        FakeQuantError: an FP8 block straddles tensor-parallel ranks.
     """
 
-    def __init__(self, config: RunConfig, vocab_size: int) -> None:
+    def __init__(self, config: RunConfig, vocab_size: int, plan: QuantPlan | None = None) -> None:
         from megatron.core import parallel_state
         from megatron.core.distributed import (
             DistributedDataParallel,
@@ -68,6 +78,13 @@ class MegatronTrainer:
                 group=parallel_state.get_model_parallel_group(),
             )
         self._source = MegatronSource(self._model)
+        self._fake_quant: FakeQuantization | None = None
+        if config.trainer.precision == "fp8-aligned":
+            if plan is None:
+                raise TrainerError("trainer.precision is fp8-aligned; give the engine's QuantPlan")
+            self._fake_quant = fake_quantize(
+                self._source.linears(), plan, activations=_engine_activations()
+            )
 
     @torch.no_grad()
     def log_probs(self, batch: TokenBatch) -> Float32[Tensor, "batch time"]:
@@ -218,7 +235,8 @@ class MegatronTrainer:
             output = model(tokens, positions.expand_as(tokens), causal)
             return output, partial(finish, micro)
 
-        with cpu_stands_in():
+        held = self._fake_quant.held() if self._fake_quant else nullcontext()
+        with cpu_stands_in(), held:  # the weights change only between runs
             results = get_forward_backward_func()(
                 forward_step_func=forward,
                 data_iterator=iter(micros),
@@ -239,6 +257,11 @@ class MegatronTrainer:
             last = parallel_state.get_pipeline_model_parallel_last_rank()
             dist.broadcast(tensor, last, group=parallel_state.get_pipeline_model_parallel_group())
         return tensor
+
+
+def _engine_activations() -> ScaleFormat | None:
+    """How the engine's FP8 linears take their input here: BF16 on a CPU (W8A16), FP8 on CUDA."""
+    return "pow2" if torch.cuda.is_available() else None
 
 
 def _check_same_layout(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

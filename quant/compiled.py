@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fp8rl.quant.chunked import chunked_cast
 from fp8rl.quant.reference import reference_cast
-from fp8rl.quant.scales import E4M3_MAX, scales_of
+from fp8rl.quant.scales import scales_of
 from fp8rl.quant.tensor import FP8_DTYPE, QuantizedTensor
 
 BLOCKS: Final = ((128, 128), (1, 128), (1, 32))  # those of weights, activations and MXFP8
@@ -102,10 +102,14 @@ def _block_amax(blocks: Tensor) -> Tensor:
 
 
 def _scaled_cast(blocks: Tensor, scale: Tensor, out: Tensor) -> None:
-    """Write the codes of `blocks` [nb, bn, kb, bk] times `scale` [nb, kb] to `out`."""
+    """Write the codes of `blocks` [nb, bn, kb, bk] times `scale` [nb, kb] to `out`.
+
+    The reference's clamp changes no code of a finite weight: amax * scale is at most one fp32
+    rounding above 448, and everything up to 464 rounds to 448. Without it the cast takes two thirds
+    of the time.
+    """
     _must_be_compiled()
-    scaled = blocks.float() * scale[:, None, :, None]
-    out.copy_(scaled.clamp(-E4M3_MAX, E4M3_MAX).to(FP8_DTYPE))
+    out.copy_((blocks.float() * scale[:, None, :, None]).to(FP8_DTYPE))
 
 
 def _must_be_compiled() -> None:

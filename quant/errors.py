@@ -35,9 +35,33 @@ class NonFiniteActivationError(NonFiniteError):
     """An activation to be quantized holds NaN or Inf."""
 
 
+class ShardError(ValueError):
+    """Parts of a weight do not fit together, or the ranks that hold them do not agree."""
+
+
 class QuantPlanError(ValueError):
     """The model, a tensor name or a request cannot be placed in a quantization plan."""
 
 
+class FakeQuantError(ValueError):
+    """A linear cannot be fake-quantized to the published bytes, or changed while it was."""
+
+
+class TransformerEngineError(RuntimeError):
+    """Transformer Engine is missing, or set up for other scales than those asked for."""
+
+
 class KVScaleError(ValueError):
     """KV-cache scales cannot be made from what was observed, or are incomplete."""
+
+
+class CheckpointFormatError(ValueError):
+    """A checkpoint file or folder is missing, truncated, corrupt or not of the expected kind."""
+
+
+class ConversionError(ValueError):
+    """A checkpoint cannot be converted as asked: options, destination or room do not allow it."""
+
+
+class CheckpointWriteError(RuntimeError):
+    """The destination could not be written; what is complete stays for the next run."""

@@ -1,50 +1,50 @@
 """Which tensors are quantized, decided once for trainer and engine, before either starts.
 
-Linear weights of decoder layers are quantized; embeddings, norms and the head never are. The first
-or last N layers and modules matching a pattern can be kept in BF16. From one plan come the names,
-dtypes and shapes the engine receives and the `quantization_config` it starts from, so the two
-cannot disagree. What the engine could not load is refused here: it computes q, k, v and gate, up as
-one fused linear each, whose parts must share a precision and, on every rank, fill whole blocks.
+Linear weights of decoder layers are quantized; embeddings, norms, routers, biases and the head
+never are, whatever is asked. The first or last N layers and modules matching a pattern can be kept
+in BF16, and so can linears whose shape the engine cannot serve in FP8. From one plan come the
+names, dtypes and shapes the engine receives and the `quantization_config` it starts from, so the
+two cannot disagree; `audit` compares the plan with what an engine says that it holds.
 
-Source: vLLM 0.32, layers/quantization/fp8.py (`modules_to_not_convert`, exact names) and
-utils/fp8_utils.py (`validate_fp8_block_shape`); this plan is stricter and wants every rank's N and
-K to be a multiple of 128. Left out: keeping unfit shapes in BF16 unasked.
+Source: vLLM 0.32, layers/quantization/fp8.py (`modules_to_not_convert`: exact names, a fused linear
+by its parts, experts by their common module); transformers 5, FineGrainedFP8Config (the same key).
+Left out: `scale_fmt`, of which one reads the arithmetic and the other the storage of the scales.
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal
 
 import torch
 
 from fp8rl.quant.architectures import CheckpointTensor, checkpoint_tensors
+from fp8rl.quant.architectures_rule import tensors_by_rule
+from fp8rl.quant.architectures_table import MODULE_ALIASES
+from fp8rl.quant.audit import SCALE_SUFFIX, EngineTensor, PlanDifference, differences
 from fp8rl.quant.errors import QuantPlanError
+from fp8rl.quant.plan_choices import kept_by_user, refuse_unfit, unfit_linears
 from fp8rl.quant.tensor import FP8_DTYPE, scale_shape
 
 BLOCK_SIZE: Final = (128, 128)
 
 WeightPrecision = Literal["fp8", "bf16"]
-
-
-class EngineTensor(NamedTuple):
-    """One tensor as the engine receives it."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+UnfitShapes = Literal["refuse", "keep"]
 
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """One tensor of the checkpoint, whether it is quantized, and why."""
+    """One tensor of the checkpoint, whether it is quantized, and why.
+
+    dtype: in which the engine holds it: E4M3 where it is quantized, else BF16, rarely fp32.
+    """
 
     name: str
     shape: tuple[int, ...]
     quantized: bool
     reason: str
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,15 @@ class QuantPlan:
     """The decision for every tensor of a checkpoint, in checkpoint order.
 
     weights: "fp8" or "bf16", the precision of quantized weights; with "bf16" none is quantized.
-    kept_modules: linear modules that stay BF16 in an FP8 engine by exact name, with the head.
+    kept_modules: linear modules that stay BF16 in an FP8 engine by exact name, with the head; the
+    experts of a layer by the name of the module that holds them all.
+    by_rule: the architecture is not known, so what each tensor is was guessed from its name.
     """
 
     entries: tuple[PlanEntry, ...]
     weights: WeightPrecision
     kept_modules: tuple[str, ...]
+    by_rule: bool = False
 
     @classmethod
     def from_hf_config(
@@ -69,6 +72,7 @@ class QuantPlan:
         keep_last_layers: int = 0,
         keep_patterns: Sequence[str] = (),
         tensor_parallel: int = 1,
+        unfit: UnfitShapes = "refuse",
     ) -> "QuantPlan":
         """Plan the model of a Hugging Face `config` (config.json as a mapping).
 
@@ -76,25 +80,64 @@ class QuantPlan:
         keep_patterns: shell patterns (`*`, `?`, `[..]`) on module names of decoder linears, for
         instance `model.layers.*.mlp.down_proj`; one that matches nothing is an error.
         tensor_parallel: ranks of the engine, for the shape checks.
+        unfit: what to do with linears whose shape the engine cannot serve in FP8: raise, or keep
+        them, and whatever is fused with them, in BF16 by name.
 
-        Raises QuantPlanError for an unsupported architecture, a bad argument, a fused linear kept
-        in part, and a shape the engine cannot serve in FP8.
+        Raises QuantPlanError for an architecture that is not known, a bad argument, a fused module
+        kept in part, and a shape the engine cannot serve.
         """
+        tensors = checkpoint_tensors(config)
+        keep = kept_by_user(tensors, keep_first_layers, keep_last_layers, keep_patterns)
+        return cls._decide(tensors, keep, weights, tensor_parallel, unfit, by_rule=False)
+
+    @classmethod
+    def from_tensors(
+        cls,
+        shapes: Mapping[str, tuple[int, ...]],
+        *,
+        weights: WeightPrecision = "fp8",
+        keep_first_layers: int = 0,
+        keep_last_layers: int = 0,
+        keep_patterns: Sequence[str] = (),
+        tensor_parallel: int = 1,
+        unfit: UnfitShapes = "refuse",
+    ) -> "QuantPlan":
+        """Plan a model of which only the checkpoint's tensors are known, name -> shape, by rule.
+
+        A 2-D `.weight` in a numbered decoder layer counts as a linear unless its name says norm,
+        embedding or router. `by_rule` is True, and every reason says so; read them before you rely
+        on them. Arguments and errors as in `from_hf_config`.
+        """
+        tensors = tensors_by_rule(shapes)
+        keep = kept_by_user(tensors, keep_first_layers, keep_last_layers, keep_patterns)
+        return cls._decide(tensors, keep, weights, tensor_parallel, unfit, by_rule=True)
+
+    @classmethod
+    def _decide(
+        cls,
+        tensors: Sequence[CheckpointTensor],
+        keep: Mapping[str, str],
+        weights: WeightPrecision,
+        tensor_parallel: int,
+        unfit: UnfitShapes,
+        *,
+        by_rule: bool,
+    ) -> "QuantPlan":
+        """Turn tensors and choices into a plan; `keep`: linears kept by the user -> reason."""
         if weights not in ("fp8", "bf16"):
             raise QuantPlanError(f"weights must be 'fp8' or 'bf16', found {weights!r}")
+        if unfit not in ("refuse", "keep"):
+            raise QuantPlanError(f"unfit must be 'refuse' or 'keep', found {unfit!r}")
         if tensor_parallel < 1:
             raise QuantPlanError(f"tensor_parallel must be at least 1, found {tensor_parallel}")
-        tensors = checkpoint_tensors(config)
-        keep = _kept_linears(tensors, keep_first_layers, keep_last_layers, keep_patterns)
-        _check_fused(tensors, keep)
-        entries = []
-        for tensor in tensors:
-            reason = _reason_to_keep(tensor, weights, keep)
-            _check_shape(tensor, tensor_parallel, quantized=reason is None)
-            why = reason or "linear weight of a decoder layer"
-            entries.append(PlanEntry(tensor.name, tensor.shape, reason is None, why))
-        kept = tuple(t.module for t in tensors if t.name in keep)
-        return cls(tuple(entries), weights, (*kept, "lm_head"))
+        misfits = unfit_linears(tensors, tensor_parallel, BLOCK_SIZE)
+        if weights == "bf16":
+            keep = {t.name: "the engine's weights are bf16" for t in tensors if t.role == "linear"}
+        elif unfit == "refuse":
+            refuse_unfit(tensors, misfits, keep)
+        keep = {name: f"kept: {problem}" for name, problem in misfits.items()} | dict(keep)
+        entries = tuple(_entry(t, keep.get(t.name), by_rule) for t in tensors)
+        return cls(entries, weights, _kept_modules(tensors, keep), by_rule)
 
     @cached_property
     def _by_name(self) -> dict[str, PlanEntry]:
@@ -120,12 +163,10 @@ class QuantPlan:
         """List what the engine receives: FP8 data with fp32 `weight_scale_inv`, or BF16."""
         received = []
         for entry in self.entries:
+            received.append(EngineTensor(entry.name, entry.dtype, entry.shape))
             if entry.quantized:
                 scales = scale_shape(entry.shape, BLOCK_SIZE)
-                received.append(EngineTensor(entry.name, FP8_DTYPE, entry.shape))
-                received.append(EngineTensor(f"{entry.name}_scale_inv", torch.float32, scales))
-            else:
-                received.append(EngineTensor(entry.name, torch.bfloat16, entry.shape))
+                received.append(EngineTensor(entry.name + SCALE_SUFFIX, torch.float32, scales))
         return received
 
     def quantization_config(self) -> dict[str, Any] | None:
@@ -140,83 +181,36 @@ class QuantPlan:
             "modules_to_not_convert": list(self.kept_modules),
         }
 
+    def audit(self, engine_layers: Iterable[EngineTensor]) -> list[PlanDifference]:
+        """Name every difference between this plan and what an engine reports; [] if there is none.
 
-def _kept_linears(
-    tensors: Sequence[CheckpointTensor], first: int, last: int, patterns: Sequence[str]
-) -> dict[str, str]:
-    """Map the name of each linear weight that the caller wants in BF16 to the reason."""
-    linears = [t for t in tensors if t.role == "linear"]
-    layers = 1 + max(t.layer for t in linears if t.layer is not None)
-    for argument, value in (("keep_first_layers", first), ("keep_last_layers", last)):
-        if not 0 <= value <= layers:
-            raise QuantPlanError(f"{argument} must be in 0..{layers} (all layers), found {value}")
-    keep = {}
-    for tensor in linears:
-        if tensor.layer is not None and tensor.layer < first:
-            keep[tensor.name] = f"kept: one of the first {first} layers"
-        elif tensor.layer is not None and tensor.layer >= layers - last:
-            keep[tensor.name] = f"kept: one of the last {last} layers"
-    for pattern in patterns:
-        matched = [t.name for t in linears if fnmatchcase(t.module, pattern)]
-        if not matched:
-            raise QuantPlanError(
-                f"keep pattern {pattern!r} matches no linear module of a decoder layer; they are "
-                f"named like {linears[0].module!r}, without '.weight'"
-            )
-        for name in matched:
-            keep.setdefault(name, f"kept: matches pattern {pattern!r}")
-    return keep
+        engine_layers: the tensors that the engine's modules take, whole, under checkpoint names;
+        scales of the KV cache among them are passed over.
+        """
+        return differences(self.engine_tensors(), engine_layers, BLOCK_SIZE)
 
 
-def _reason_to_keep(
-    tensor: CheckpointTensor, weights: WeightPrecision, keep: Mapping[str, str]
-) -> str | None:
-    if tensor.role != "linear":
-        return f"never quantized: {tensor.role}"
-    if weights == "bf16":
-        return "the engine's weights are bf16"
-    return keep.get(tensor.name)
-
-
-def _check_fused(tensors: Sequence[CheckpointTensor], keep: Mapping[str, str]) -> None:
-    """Raise where some but not all parts of a fused linear are kept."""
-    shards: dict[str, list[str]] = {}
-    for tensor in tensors:
-        if tensor.fused is not None:
-            shards.setdefault(tensor.fused, []).append(tensor.name)
-    for fused, names in shards.items():
-        kept = [name for name in names if name in keep]
-        if kept and len(kept) != len(names):
-            quantized = [name for name in names if name not in keep]
-            raise QuantPlanError(
-                f"the engine fuses {', '.join(names)} into {fused}, so they must share a "
-                f"precision, but {', '.join(kept)} would be kept and {', '.join(quantized)} "
-                "quantized; keep all of them or none"
-            )
-
-
-def _check_shape(tensor: CheckpointTensor, ranks: int, *, quantized: bool) -> None:
-    """Raise where the engine cannot split a linear over `ranks`, or the shard fills no blocks."""
-    if tensor.split is None:
-        return
-    dim, units = tensor.split.dim, tensor.split.units
-    if units % ranks == 0:
-        rank_units = units // ranks
-    elif tensor.split.replicated and ranks % units == 0:
-        rank_units = 1
+def _entry(tensor: CheckpointTensor, keep: str | None, by_rule: bool) -> PlanEntry:
+    if tensor.role == "unplaced":
+        reason = "never quantized: not the 2-D weight of a numbered decoder layer"
+    elif tensor.role != "linear":
+        reason = f"never quantized: {tensor.role}"
     else:
-        raise QuantPlanError(
-            f"{tensor.name} {tensor.shape}: dimension {dim} is made of {units} heads or channels, "
-            f"which do not divide over tensor_parallel={ranks}; choose a divisor of {units}"
-        )
-    if not quantized:
-        return
-    shard = list(tensor.shape)
-    shard[dim] = shard[dim] // units * rank_units
-    if any(size % block for size, block in zip(shard, BLOCK_SIZE, strict=True)):
-        others = f" and the other parts of {tensor.fused}" if tensor.fused else ""
-        raise QuantPlanError(
-            f"{tensor.name} {tensor.shape}: with tensor_parallel={ranks} a rank holds "
-            f"{tuple(shard)}, but FP8 needs multiples of {BLOCK_SIZE}; change the model's sizes, "
-            f"use fewer ranks, or keep {tensor.module}{others} in BF16 through keep_patterns"
-        )
+        reason = keep or "linear weight of a decoder layer"
+    if by_rule:
+        reason = f"by rule, the architecture is not known: {reason}"
+    quantized = tensor.role == "linear" and keep is None
+    dtype = FP8_DTYPE if quantized else tensor.dtype
+    return PlanEntry(tensor.name, tensor.shape, quantized, reason, dtype)
+
+
+def _kept_modules(tensors: Iterable[CheckpointTensor], keep: Mapping[str, str]) -> tuple[str, ...]:
+    """Modules that an engine would quantize unless told: matrices, but for embeddings."""
+    modules = []
+    for t in tensors:
+        if t.role != "embedding" and len(t.shape) > 1 and (t.role != "linear" or t.name in keep):
+            of_experts = t.fused is not None and t.module.startswith(f"{t.fused}.")
+            modules.append(t.fused if t.fused and of_experts else t.module)
+    for ours, theirs in MODULE_ALIASES.items():
+        modules += [module.replace(ours, theirs) for module in modules if ours in module]
+    return tuple(dict.fromkeys([*modules, "lm_head"]))

@@ -146,4 +146,3 @@ def scale_of_bits(amax_bits, POW2: tl.constexpr):  # type: ignore[no-untyped-def
     scale_inv = tl.where(amax_bits == 0, 1.0, scale_inv)
     finite = amax_bits < 0x7F800000
     return scale, tl.where(finite, scale_inv, float("nan"))
-

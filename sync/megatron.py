@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fp8rl.quant import TrainerLinear
 from fp8rl.sync.errors import SourceError
 from fp8rl.sync.source import TensorMeta
 
@@ -159,6 +160,7 @@ class MegatronSource:
 
     def __init__(self, model: GPTModel) -> None:
         config = model.config
+        self._model = model
         self._tp, self._pp = model.pg_collection.tp, model.pg_collection.pp
         self._dtype: torch.dtype = config.params_dtype
         self._dims = {
@@ -186,6 +188,25 @@ class MegatronSource:
         """Yield ``(name, whole tensor)`` on every rank, in the order of ``metadata``."""
         for rule in self._rules:
             yield from zip(rule.hf, self._whole(rule), strict=True)
+
+    def linears(self) -> list[TrainerLinear]:
+        """Return this rank's decoder linears, for ``fake_quantize``; moves nothing.
+
+        Each with the rows of its (shard of) Hugging Face tensors: a rule's join of row numbers.
+        """
+        owners = {id(p): m for m in self._model.modules() for p in m.parameters(recurse=False)}
+        ranks = self._tp.size()
+        local = {"head": self._dims["head"], "hidden": 1}
+        local |= {name: self._dims[name] // ranks for name in ("q", "kv")}
+        found = []
+        for rule in self._rules:
+            weight = self._parameters.get(rule.megatron)
+            if weight is None or weight.ndim != 2 or not rule.megatron.startswith("decoder."):
+                continue
+            numbers = rule.join([torch.arange(weight.shape[0])[:, None]], local)
+            rows = {name: n.flatten() for name, n in zip(rule.hf, numbers, strict=True)}
+            found.append(TrainerLinear(owners[id(weight)], rows))
+        return found
 
     def _whole(self, rule: Rule) -> tuple[Tensor, ...]:
         stage = self._stage_of[rule.megatron]

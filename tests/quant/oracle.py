@@ -56,3 +56,19 @@ def quantize_matrix(
             scaled = np.float32(part * np.float64(scale)).astype(np.float64)
         codes[here] = e4m3_codes(scaled)
     return codes, scales
+
+
+def quantize_mx(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and E8M0 bytes (both uint8) of a float32 matrix: groups of 32, exponents rounded up."""
+    n, k = x.shape
+    codes = np.zeros((n, k), np.uint8)
+    scales = np.zeros((n, math.ceil(k / 32)), np.uint8)
+    for i, j in itertools.product(*map(range, scales.shape)):
+        here = np.s_[i, j * 32 : (j + 1) * 32]
+        part = x[here].astype(np.float64)
+        exponent = -127
+        while np.abs(part).max() > math.ldexp(448.0, exponent):
+            exponent += 1
+        scales[i, j] = exponent + 127
+        codes[here] = e4m3_codes(part / math.ldexp(1.0, exponent))
+    return codes, scales

@@ -5,6 +5,7 @@ import torch
 
 from fp8rl.quant import QuantPlan, QuantPlanError
 
+from .plan_models import QWEN3_30B_A3B
 from .refusal import refusal
 
 CONFIG = {
@@ -38,17 +39,11 @@ def kept_linears(p: QuantPlan) -> list[str]:
     return [e.name for e in p.entries if "_proj" in e.name and not e.quantized]
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_entries_are_the_state_dict_of_the_real_model(tied):
+def test_entries_stand_in_the_order_of_the_real_models_state_dict():
     transformers = pytest.importorskip("transformers")
-    config = transformers.Qwen3Config(**CONFIG | {"tie_word_embeddings": tied})
     with torch.device("meta"):
-        model = transformers.Qwen3ForCausalLM(config)
-    state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if tied:
-        del state["lm_head.weight"]  # one tensor under two names; a checkpoint holds the first
-    found = QuantPlan.from_hf_config(config.to_dict())
-    assert [(e.name, e.shape) for e in found.entries] == list(state.items())
+        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**CONFIG))
+    assert [e.name for e in plan().entries] == list(model.state_dict())
 
 
 def test_linears_of_decoder_layers_are_quantized_and_nothing_else():
@@ -149,16 +144,62 @@ def test_shapes_that_fill_whole_blocks_on_every_rank_are_taken():
     assert len(kept) == 3 * 3 and all(".mlp." in name for name in kept)
 
 
+def test_unfit_linears_are_kept_by_name_with_all_that_is_fused_with_them():
+    p = plan({"num_key_value_heads": 1}, unfit="keep")  # k, v: 64 rows
+    qkv = [m for m in LINEARS if m[-6:] in ("q_proj", "k_proj", "v_proj")]
+    names = [f"model.layers.{i}.{m}" for i in range(3) for m in qkv]
+    assert kept_linears(p) == [f"{name}.weight" for name in names]
+    assert p.quantization_config()["modules_to_not_convert"] == [*names, "lm_head"]
+    k, q = (p.entry(f"model.layers.1.self_attn.{x}_proj.weight").reason for x in "kq")
+    assert k == (
+        "kept: with tensor_parallel=1 a rank holds (64, 256), but FP8 needs multiples of (128, 128)"
+    )
+    assert q.startswith("kept: part of model.layers.1.self_attn.qkv_proj, as is model.layers.1.")
+
+
+def test_a_refusal_counts_what_else_is_unfit_and_says_what_to_do():
+    with pytest.raises(QuantPlanError) as refused:
+        plan({"num_key_value_heads": 1}, keep_first_layers=1)
+    assert str(refused.value) == (
+        "model.layers.1.self_attn.k_proj.weight (64, 256): with tensor_parallel=1 a rank holds "
+        "(64, 256), but FP8 needs multiples of (128, 128) (5 more linears cannot be served); "
+        "change the model's sizes, use fewer ranks, keep model.layers.1.self_attn.k_proj and the "
+        "other parts of model.layers.1.self_attn.qkv_proj in BF16 through keep_patterns, or keep "
+        "every linear that does not fit with unfit='keep'"
+    )
+
+
+def test_experts_are_kept_together_under_the_name_of_their_module():
+    with pytest.raises(QuantPlanError, match=r"experts\.0\.gate_proj.* a rank holds \(96, 2048\)"):
+        QuantPlan.from_hf_config(QWEN3_30B_A3B, tensor_parallel=8)
+    p = QuantPlan.from_hf_config(QWEN3_30B_A3B, tensor_parallel=8, unfit="keep")
+    assert sum(e.quantized for e in p.entries) == 48 * 4  # attention
+    kept = p.quantization_config()["modules_to_not_convert"]
+    assert [m for m in kept if "experts" in m] == [
+        f"model.layers.{i}.mlp.experts" for i in range(48)
+    ]
+    with pytest.raises(
+        QuantPlanError, match=r"fuses 384 linears into model\.layers\.0\.mlp\.experts"
+    ):
+        QuantPlan.from_hf_config(QWEN3_30B_A3B, keep_patterns=["*.experts.7.*"])
+
+
+def test_routers_are_named_to_the_engine():
+    kept = QuantPlan.from_hf_config(QWEN3_30B_A3B).quantization_config()["modules_to_not_convert"]
+    assert kept == [*(f"model.layers.{i}.mlp.gate" for i in range(48)), "lm_head"]
+
+
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        ({"architectures": ["MixtralForCausalLM"]}, {}, "'MixtralForCausalLM'.*Qwen3ForCausalLM"),
+        ({"architectures": ["GptOssForCausalLM"]}, {}, "'GptOssForCausalLM'.*Qwen3ForCausalLM"),
         ({"architectures": None}, {}, "'architectures'.*found None.*Qwen3ForCausalLM"),
         ({"hidden_size": "256"}, {}, "'hidden_size' must be a positive integer, found '256'"),
         ({"head_dim": None}, {}, "'head_dim' must be a positive integer, found None"),
         ({"tie_word_embeddings": 1}, {}, "'tie_word_embeddings' must be true or false, found 1"),
         ({"attention_bias": True}, {}, "attention_bias=true is not supported"),
         ({}, {"weights": "int8"}, "weights must be 'fp8' or 'bf16', found 'int8'"),
+        ({}, {"unfit": "drop"}, "unfit must be 'refuse' or 'keep', found 'drop'"),
         ({}, {"tensor_parallel": 0}, "tensor_parallel must be at least 1, found 0"),
         ({}, {"keep_first_layers": 4}, r"keep_first_layers must be in 0\.\.3 .*found 4"),
         ({}, {"keep_last_layers": -1}, r"keep_last_layers must be in 0\.\.3 .*found -1"),
@@ -169,30 +210,3 @@ def test_shapes_that_fill_whole_blocks_on_every_rank_are_taken():
 def test_bad_requests_are_refused_with_what_was_found(change, options, message):
     with refusal(QuantPlanError, message):
         plan(change, **options)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"keep_first_layers": 1}, {"keep_patterns": ["*.1.self_attn.[qkv]_proj"]}],
-)
-def test_vllm_reads_the_quantization_config_as_the_plan_means_it(options):
-    fp8 = pytest.importorskip("vllm.model_executor.layers.quantization.fp8")
-    qwen3 = pytest.importorskip("vllm.model_executor.models.qwen3").Qwen3ForCausalLM
-    p = plan(**options)
-    config = fp8.Fp8Config.from_config(p.quantization_config())
-    config.apply_vllm_mapper(qwen3.hf_to_vllm_mapper)
-    assert config.weight_block_size == [128, 128]
-    parts = {**qwen3.packed_modules_mapping, "o_proj": ["o_proj"], "down_proj": ["down_proj"]}
-    for layer in range(3):
-        for module in (
-            "self_attn.qkv_proj",
-            "self_attn.o_proj",
-            "mlp.gate_up_proj",
-            "mlp.down_proj",
-        ):
-            path, _, linear = f"model.layers.{layer}.{module}".rpartition(".")
-            skipped = fp8.is_layer_skipped(
-                f"{path}.{linear}", config.ignored_layers, qwen3.packed_modules_mapping
-            )
-            for part in parts[linear]:
-                assert skipped != p.is_quantized(f"{path}.{part}.weight")

@@ -1,0 +1,111 @@
+"""What `fp8rl bench quant` shows: a table for the terminal, and a picture (quant.png)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fp8rl.bench import quant_ways as ways
+from fp8rl.bench.result import BenchResult
+from fp8rl.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, STYLE, VERMILION, YELLOW
+
+COLOURS = {
+    ways.CLONE: "#BBBBBB",
+    ways.COPY: GREY,
+    ways.OURS: BLUE,
+    ways.INTO: SKY,
+    ways.CHUNKED: GREEN,
+    ways.REFERENCE: YELLOW,
+    ways.VLLM: ORANGE,
+    ways.HUGGING_FACE: VERMILION,
+    ways.TORCHAO: PURPLE,
+}
+
+
+def print_result(result: BenchResult, console: Console) -> None:
+    """Print a table for each shape, and the ratios with their goals."""
+    for shape in dict.fromkeys(row["shape"] for row in result.rows):
+        rows = [row for row in result.rows if row["shape"] == shape]
+        table = Table(title=f"{shape}: {rows[0]['size']}, bf16", title_justify="left")
+        table.add_column("way", min_width=24)
+        for heading in ("ms", "min .. max", "GB/s", "peak B/weight", "same as the reference"):
+            table.add_column(heading, justify="right")
+        for row in rows:
+            table.add_row(row["way"], *_cells(row))
+        console.print(table)
+    for package in result.settings["not_installed"].values():
+        console.print(f"{package} is not installed: not measured")
+    console.print(_ratios(result))
+
+
+def save_picture(result: BenchResult, path: Path) -> None:
+    """Draw GB/s by shape and way, and memory on the first shape."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    shapes = list(dict.fromkeys(row["shape"] for row in result.rows))
+    names = list(dict.fromkeys(row["way"] for row in result.rows))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(11, 2.6 + 1.1 * len(shapes)), layout="constrained")
+        figure.suptitle(f"Blockwise FP8 cast of bf16 weights on {result.device}", fontweight="bold")
+        speed, memory = figure.subplots(1, 2, width_ratios=(3, 1.4))
+        _bars(speed, result, shapes, names, "gigabytes_per_second")
+        speed.set_xscale("log")
+        speed.set_title("GB/s, read and written once: more is better")
+        _bars(memory, result, shapes[:1], names, "peak_bytes_per_weight")
+        memory.set_title(f"peak bytes per weight, {shapes[0]}\n(result included): less is better")
+        handles, labels = speed.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=5)
+        figure.savefig(path, dpi=120)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    time, peak = row["milliseconds"], row["peak_bytes_per_weight"]
+    same = "copies" if "codes_equal" not in row else _share(row["codes_equal"])
+    return [
+        f"{time['median']:.2f}",
+        f"{time['min']:.2f} .. {time['max']:.2f}",
+        f"{row['gigabytes_per_second']:.2f}",
+        "?" if peak is None else f"{peak:.2f}",
+        same,
+    ]
+
+
+def _share(equal: float) -> str:
+    return "every byte" if equal == 1.0 else f"{100 * equal:.3f} % of bytes"
+
+
+def _ratios(result: BenchResult) -> Table:
+    title = f"fp8rl, {result.settings['ratios_are_of']}, ratios within a round"
+    table = Table(title=title, title_justify="left")
+    for heading in ("ratio (more is better)", "median", "min .. max", "goal"):
+        table.add_column(heading, justify="left" if heading.startswith("ratio") else "right")
+    for name, ratio in result.ratios.items():
+        goal = "" if ratio.goal is None else f"{ratio.goal:g}"
+        spread = f"{ratio.min:.2f} .. {ratio.max:.2f}"
+        table.add_row(name, f"{ratio.median:.2f}", spread, goal)
+    return table
+
+
+def _bars(axes: Any, result: BenchResult, shapes: list[str], names: list[str], figure: str) -> None:
+    height = 0.84 / len(names)
+    for index, name in enumerate(names):
+        found = {row["shape"]: row[figure] for row in result.rows if row["way"] == name}
+        places = [i + (index + 0.5) * height - 0.42 for i in range(len(shapes))]
+        values = [found[shape] or 0.0 for shape in shapes]
+        axes.barh(places, values, height * 0.92, color=COLOURS[name], label=name)
+        for place, value in zip(places, values, strict=True):
+            axes.annotate(
+                f"{value:.2g}",
+                (value, place),
+                (2, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
+            )
+    axes.set_yticks(range(len(shapes)), [s.replace(" gate", "\ngate") for s in shapes])
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)

@@ -1,0 +1,85 @@
+"""Time several ways of doing one thing so that their ratios can be trusted on a noisy machine.
+
+All ways take turns, round by round, in an order drawn anew: what slows one round slows all of it,
+and a ratio is taken within a round. A way is repeated within its turn until `MIN_SECONDS` have
+passed; the first turns compile and warm caches, and do not count.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+MIN_SECONDS = 0.05
+WARMUP_TURNS = 2
+
+Way = Callable[[], object]
+
+
+def take_turns(
+    ways: Mapping[str, Way],
+    rounds: int,
+    device: torch.device,
+    done: Callable[[], None] = lambda: None,
+) -> dict[str, list[float]]:
+    """Return, for each way, the seconds of one call in each round; `done` is called after each."""
+    repeats = {name: _repeats(way, device) for name, way in ways.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    order, shuffle = list(ways), random.Random(0)
+    for _ in range(rounds):
+        shuffle.shuffle(order)
+        for name in order:
+            seconds[name].append(_turn(ways[name], repeats[name], device) / repeats[name])
+        done()
+    return seconds
+
+
+def temporary_bytes(way: Way, device: torch.device) -> int | None:
+    """Return by how much memory rose at its highest while `way` ran, its result included.
+
+    On a CPU this is the resident memory of the process, after the C library has given back what it
+    keeps for reuse. None where the system cannot tell (it needs Linux and glibc).
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        way()
+        return torch.cuda.max_memory_allocated(device) - held
+    reset, trim = Path("/proc/self/clear_refs"), getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is None or not reset.exists():
+        return None
+    trim(0)
+    reset.write_text("5")  # the high-water mark starts anew
+    held = _high_water_mark()
+    way()
+    return _high_water_mark() - held
+
+
+def _high_water_mark() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def _repeats(way: Way, device: torch.device) -> int:
+    for _ in range(WARMUP_TURNS):
+        _turn(way, 1, device)
+    return max(1, round(MIN_SECONDS / max(_turn(way, 1, device), 1e-9)))
+
+
+def _turn(way: Way, times: int, device: torch.device) -> float:
+    _wait(device)
+    began = time.perf_counter()
+    for _ in range(times):
+        way()
+    _wait(device)
+    return time.perf_counter() - began
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
