@@ -9,7 +9,7 @@ ifndef RUN
 RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 endif
 
-.PHONY: setup demo test lint
+.PHONY: setup demo bench test lint
 
 ## make .venv with everything that is pinned; does nothing when it is up to date
 setup: $(STAMP)
@@ -30,6 +30,10 @@ $(STAMP): requirements/torch.txt requirements/cpu.txt pyproject.toml
 demo: setup
 	@echo "run folder: $(RUN)"
 	$(BIN)/fp8rl train examples/grpo.yaml run_dir=$(RUN)
+
+## measure the blockwise cast beside others'; the result is a folder in runs/
+bench: setup
+	$(BIN)/fp8rl bench quant
 
 ## the checks of `make lint`, then every test
 test: lint

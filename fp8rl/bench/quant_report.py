@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -29,13 +30,17 @@ def print_result(result: BenchResult, console: Console) -> None:
     """Print a table for each shape, and the ratios with their goals."""
     for shape in dict.fromkeys(row["shape"] for row in result.rows):
         rows = [row for row in result.rows if row["shape"] == shape]
-        table = Table(title=f"{shape}: {rows[0]['size']}, bf16", title_justify="left")
+        table = Table(title=f"{shape}: {rows[0]['size']}, bf16", title_justify="left", box=SIMPLE)
         table.add_column("way", min_width=24)
-        for heading in ("ms", "min .. max", "GB/s", "peak B/weight", "same as the reference"):
+        for heading in ("ms", "min .. max", "GB/s", "B/weight", "bytes"):
             table.add_column(heading, justify="right")
         for row in rows:
             table.add_row(row["way"], *_cells(row))
         console.print(table)
+    console.print(
+        "B/weight: peak bytes taken for each weight, the result included; bytes: whether they are "
+        "those of fp8rl's reference"
+    )
     for package in result.settings["not_installed"].values():
         console.print(f"{package} is not installed: not measured")
     console.print(_ratios(result))
@@ -64,7 +69,7 @@ def save_picture(result: BenchResult, path: Path) -> None:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     time, peak = row["milliseconds"], row["peak_bytes_per_weight"]
-    same = "copies" if "codes_equal" not in row else _share(row["codes_equal"])
+    same = "copy" if "codes_equal" not in row else _share(row["codes_equal"])
     return [
         f"{time['median']:.2f}",
         f"{time['min']:.2f} .. {time['max']:.2f}",
@@ -75,12 +80,12 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def _share(equal: float) -> str:
-    return "every byte" if equal == 1.0 else f"{100 * equal:.3f} % of bytes"
+    return "same" if equal == 1.0 else f"{100 * equal:.2f} %"
 
 
 def _ratios(result: BenchResult) -> Table:
     title = f"fp8rl, {result.settings['ratios_are_of']}, ratios within a round"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE)
     for heading in ("ratio (more is better)", "median", "min .. max", "goal"):
         table.add_column(heading, justify="left" if heading.startswith("ratio") else "right")
     for name, ratio in result.ratios.items():
