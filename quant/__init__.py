@@ -12,7 +12,12 @@ from fp8rl.quant.blockwise import (
     quantize_activations,
     quantize_blockwise,
 )
+from fp8rl.quant.convert import Conversion, convert_checkpoint
+from fp8rl.quant.convert_plan import ConvertOptions
 from fp8rl.quant.errors import (
+    CheckpointFormatError,
+    CheckpointWriteError,
+    ConversionError,
     FakeQuantError,
     KVScaleError,
     NonFiniteActivationError,
@@ -43,6 +48,11 @@ __all__ = [
     "QKV",
     "AmaxObserver",
     "Box",
+    "CheckpointFormatError",
+    "CheckpointWriteError",
+    "Conversion",
+    "ConversionError",
+    "ConvertOptions",
     "EngineTensor",
     "FP32Source",
     "FakeQuantError",
@@ -69,6 +79,7 @@ __all__ = [
     "UnfitShapes",
     "WeightPrecision",
     "WeightShard",
+    "convert_checkpoint",
     "dequantize_blockwise",
     "dequantize_mxfp8",
     "empty_quantized",

@@ -6,8 +6,8 @@ Sums over pieces of whole blocks add up to those of the tensor, so no tensor has
     saturated    = elements with the largest code, +-448, as a fraction
     zero_blocks  = blocks all of whose codes are 0
 
-with x the values of the source file and y the dequantized ones, in float64. They are added with
-math.fsum, so the result does not depend on where a conversion was interrupted.
+with x the values of the source file and y the dequantized ones, added up in float64, and the pieces
+with math.fsum, so the result does not depend on where a conversion was interrupted.
 """
 
 import math
@@ -25,7 +25,7 @@ from fp8rl.quant.tensor import QuantizedTensor, scale_shape
 
 _MAGNITUDE: Final = 0x7F  # all bits but the sign
 _LARGEST: Final = 0x7E  # the code of 448
-_STRIP: Final = 2**20  # elements; 8 MiB of float64
+_STRIP: Final = 2**17  # elements; what is made of them stays in the cache
 
 
 class ErrorSums(NamedTuple):
@@ -63,13 +63,18 @@ def error_sums(x: Float[Tensor, "n k"], q: QuantizedTensor) -> ErrorSums:
     energy, noise, saturated, zero_blocks = [], [], 0, 0
     for values, codes, scales in strips:
         strip = QuantizedTensor(codes, scales, q.block_size, q.scale_format)
-        difference = dequantize_blockwise(strip, torch.float32).double().sub_(values)
-        noise.append(float(difference.square_().sum()))
-        energy.append(float(values.double().square_().sum()))
+        x32 = values.float()
+        difference = dequantize_blockwise(strip, torch.float32).sub_(x32)  # exact: y in [x/2, 2x]
+        noise.append(_energy(difference))
+        energy.append(_energy(x32))
         magnitudes = codes.view(torch.uint8) & _MAGNITUDE
         saturated += int((magnitudes == _LARGEST).sum())
         zero_blocks += int((blocked(magnitudes, q.block_size).amax(dim=(-3, -1)) == 0).sum())
     return ErrorSums(math.fsum(energy), math.fsum(noise), saturated, zero_blocks)
+
+
+def _energy(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
 
 
 def tensor_error(

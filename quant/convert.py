@@ -1,9 +1,8 @@
 """Convert a Hugging Face checkpoint to blockwise FP8, and back, without holding it in memory.
 
-Chunks of a few million elements flow through three stages at once: some threads read ahead, one
-quantizes (torch uses all cores for that), some threads write. Memory is that of a dozen chunks,
-whatever the size of a tensor or a shard. The destination appears complete or not at all, and a
-conversion that was killed goes on where it was (convert_state.py).
+Each of some threads takes a chunk, reads it, quantizes it on one core and writes it. Memory is that
+of a dozen chunks, a few MiB each, whatever the size of a tensor or a shard. The destination appears
+complete or not at all, and a conversion that was killed goes on where it was (convert_state.py).
 
 Back: values never change, since a dequantized pow2 value fits in bf16. Quantizing them again gives
 the same bytes, but for blocks whose largest code is exactly 224 (blockwise.py says why).
@@ -23,6 +22,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import torch
+
 from fp8rl.quant.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint
 from fp8rl.quant.checkpoint_errors import ErrorSums, TensorError, tensor_error
 from fp8rl.quant.checkpoint_extras import copy_extras, extras_of
@@ -33,8 +34,7 @@ from fp8rl.quant.convert_state import Workspace
 from fp8rl.quant.errors import CheckpointFormatError, ConversionError
 from fp8rl.quant.plan import QuantPlan
 
-IO_THREADS: Final = 4
-AHEAD: Final = 4  # chunks that are read before, and as many that are written after, their turn
+WAITING: Final = 2  # threads more than cores, for those that wait for the disk
 MARK_BYTES: Final = 64 * 2**20  # of the source, between two marks on the disk
 
 
@@ -207,29 +207,26 @@ def _convert_file(
 def _pipeline(
     chunks: Sequence[Chunk], path: Path, layout: FileLayout, options: ConvertOptions
 ) -> Iterator[tuple[Chunk, ErrorSums | None]]:
-    """Read, convert and write chunks at once; yield each, in order, when it is written."""
-    coming, waiting = iter(chunks), len(chunks)
-    reads: deque[tuple[Chunk, Future[list[bytearray]]]] = deque()
-    writes: deque[tuple[Chunk, ErrorSums | None, Future[None]]] = deque()
-    pool = ThreadPoolExecutor(IO_THREADS)
+    """Convert many chunks at once; yield each, in order, when it is written."""
+
+    def convert(chunk: Chunk) -> ErrorSums | None:
+        inputs = read_chunk(chunk)
+        outputs, sums = convert_chunk(chunk, inputs, options.fp32_as, measure=options.report)
+        _write(path, chunk.offsets(layout), outputs)
+        return sums
+
+    cores, coming = torch.get_num_threads(), iter(chunks)
+    pool = ThreadPoolExecutor(cores + WAITING, initializer=torch.set_num_threads, initargs=(1,))
+    running: deque[tuple[Chunk, Future[ErrorSums | None]]] = deque()
     try:
-        while waiting or writes:
-            for chunk in islice(coming, AHEAD - len(reads)):
-                reads.append((chunk, pool.submit(read_chunk, chunk)))
-            if reads:
-                chunk, read = reads.popleft()
-                outputs, sums = convert_chunk(
-                    chunk, read.result(), options.fp32_as, measure=options.report
-                )
-                written = pool.submit(_write, path, chunk.offsets(layout), outputs)
-                writes.append((chunk, sums, written))
-                waiting -= 1
-            if len(writes) > AHEAD or not waiting:
-                chunk, sums, written = writes.popleft()
-                written.result()
-                yield chunk, sums
+        for _ in chunks:
+            for chunk in islice(coming, 2 * (cores + WAITING) - len(running)):
+                running.append((chunk, pool.submit(convert, chunk)))
+            chunk, future = running.popleft()
+            yield chunk, future.result()
     finally:
         pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(cores)  # what the pool's threads set is the default of new threads
 
 
 def _write(path: Path, offsets: Sequence[int], outputs: Sequence[bytearray]) -> None:

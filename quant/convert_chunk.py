@@ -1,4 +1,4 @@
-"""A conversion in chunks: a few million elements each, independent of one another.
+"""A conversion in chunks: some hundred thousand elements each, independent of one another.
 
 A chunk of a quantized or dequantized tensor is some whole rows of blocks of one matrix; of another
 tensor, a run of elements. Where it is read and written follows from the plan alone, so chunk number
@@ -24,7 +24,7 @@ from fp8rl.quant.convert_plan import Part
 from fp8rl.quant.errors import CheckpointFormatError, NonFiniteWeightError
 from fp8rl.quant.tensor import FP8_DTYPE, QuantizedTensor, scale_shape
 
-CHUNK: Final = 2**22  # elements; 8 MiB of bf16
+CHUNK: Final = 2**19  # elements; 1 MiB of bf16, too little for a compiler to be woken
 
 Block = tuple[int, int]
 

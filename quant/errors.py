@@ -1,7 +1,8 @@
 """What can go wrong in fp8rl.quant, by name.
 
-All of these are mistakes or measurements the caller can mend, so they derive from ValueError.
-Messages name the tensor or layer, what was found, what was expected and what to do.
+Mistakes and measurements that the caller can mend derive from ValueError, what the world did (a
+package that is missing, a disk that fails) from RuntimeError. Messages name the tensor or layer,
+what was found, what was expected and what to do.
 """
 
 

@@ -14,6 +14,7 @@ app = typer.Typer(
     help="Measure fp8rl beside its alternatives, in one run.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 QUANT_EXAMPLES = """
