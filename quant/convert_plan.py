@@ -125,7 +125,7 @@ def _plan_fp8(checkpoint: Checkpoint, options: ConvertOptions) -> ConversionPlan
     if method is not None:
         raise ConversionError(
             f"{checkpoint.folder}: is quantized already (quantization_config {_brief(method)}); "
-            "start from the BF16 checkpoint, or make one with to='bf16'"
+            "start from the BF16 checkpoint, or make one with --to bf16"
         )
     plan = _quant_plan(checkpoint, options)
     known = {entry.name for entry in plan.entries}
@@ -226,7 +226,7 @@ def _plan_bf16(checkpoint: Checkpoint, options: ConvertOptions) -> ConversionPla
     for field in dataclasses.fields(options):
         if field.name != "to" and getattr(options, field.name) != field.default:
             raise ConversionError(
-                f"{field.name} says how to quantize, which to='bf16' does not; leave it out"
+                f"{field.name} says how to quantize, which --to bf16 does not; leave it out"
             )
     block_size = _block_size(checkpoint)
     tensors = checkpoint.tensors

@@ -23,8 +23,8 @@ pytestmark = pytest.mark.slow
 
 SEED = 11
 SAMPLING = Sampling(max_tokens=12, stop_token=helpers.EOS, samples=2)
-# Within one block of the KV cache: beyond it, the attention of vLLM's CPU backend now and then gives
-# other log-probs in one process than in another, for one and the same checkpoint.
+# Within one block of the KV cache: beyond it, vLLM's CPU backend now and then gives other log-probs
+# in one process than in another, for one and the same checkpoint.
 PROMPTS = [[2 + (i * k) % 60 for i in range(60)] for k in (1, 3, 7)] + [[5, 6, 7]]
 
 
