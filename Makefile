@@ -35,9 +35,9 @@ demo: setup
 bench: setup
 	$(BIN)/fp8rl bench quant
 
-## the checks of `make lint`, then every test
+## the checks of `make lint`, then every test, two files at a time
 test: lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .

@@ -22,10 +22,9 @@ from fp8rl.bench.result import BenchResult, Ratio, device_name
 from fp8rl.bench.timing import take_turns, temporary_bytes
 from fp8rl.quant.reference import reference_cast
 
-SQUARE: dict[str, tuple[int, ...]] = {"4096 x 4096": (4096, 4096)}
+SQUARE: dict[str, tuple[int, ...]] = {"Qwen3-8B q_proj, o_proj": (4096, 4096)}
 MODELS: dict[str, dict[str, tuple[int, ...]]] = {
     "qwen3-8b": {
-        "Qwen3-8B q_proj, o_proj": (4096, 4096),
         "Qwen3-8B k_proj, v_proj": (1024, 4096),
         "Qwen3-8B gate_proj, up_proj": (12288, 4096),
         "Qwen3-8B down_proj": (4096, 12288),

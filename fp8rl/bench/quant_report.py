@@ -52,16 +52,16 @@ def save_picture(result: BenchResult, path: Path) -> None:
     from matplotlib.figure import Figure
 
     shapes = list(dict.fromkeys(row["shape"] for row in result.rows))
-    names = list(dict.fromkeys(row["way"] for row in result.rows))
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11, 2.6 + 1.1 * len(shapes)), layout="constrained")
+        figure = Figure(figsize=(11, 3.2 + 1.1 * len(shapes)), layout="constrained")
         figure.suptitle(f"Blockwise FP8 cast of bf16 weights on {result.device}", fontweight="bold")
-        speed, memory = figure.subplots(1, 2, width_ratios=(3, 1.4))
-        _bars(speed, result, shapes, names, "gigabytes_per_second")
-        speed.set_xscale("log")
-        speed.set_title("GB/s, read and written once: more is better")
-        _bars(memory, result, shapes[:1], names, "peak_bytes_per_weight")
-        memory.set_title(f"peak bytes per weight, {shapes[0]}\n(result included): less is better")
+        memory, speed = figure.subplots(2, 1, height_ratios=(2.2, 1.1 * len(shapes)))
+        _memory(memory, [row for row in result.rows if row["shape"] == shapes[0]])
+        memory.set_title(
+            f"Peak bytes per weight on {shapes[0]}, the result included: less is better"
+        )
+        _speed(speed, result, shapes)
+        speed.set_title("GB/s, each byte read and written counted once: more is better")
         handles, labels = speed.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=5)
         figure.savefig(path, dpi=120)
@@ -95,22 +95,27 @@ def _ratios(result: BenchResult) -> Table:
     return table
 
 
-def _bars(axes: Any, result: BenchResult, shapes: list[str], names: list[str], figure: str) -> None:
+def _memory(axes: Any, rows: list[dict[str, Any]]) -> None:
+    names = [row["way"] for row in rows]
+    values = [row["peak_bytes_per_weight"] or 0.0 for row in rows]
+    bars = axes.barh(names, values, color=[COLOURS[name] for name in names])
+    axes.bar_label(bars, [f"{value:.2f}" for value in values], padding=2, fontsize=8)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+
+
+def _speed(axes: Any, result: BenchResult, shapes: list[str]) -> None:
+    names = list(dict.fromkeys(row["way"] for row in result.rows))
     height = 0.84 / len(names)
     for index, name in enumerate(names):
-        found = {row["shape"]: row[figure] for row in result.rows if row["way"] == name}
+        of_way = {row["shape"]: row for row in result.rows if row["way"] == name}
+        values = [of_way[shape]["gigabytes_per_second"] for shape in shapes]
         places = [i + (index + 0.5) * height - 0.42 for i in range(len(shapes))]
-        values = [found[shape] or 0.0 for shape in shapes]
-        axes.barh(places, values, height * 0.92, color=COLOURS[name], label=name)
-        for place, value in zip(places, values, strict=True):
-            axes.annotate(
-                f"{value:.2g}",
-                (value, place),
-                (2, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=7,
-            )
-    axes.set_yticks(range(len(shapes)), [s.replace(" gate", "\ngate") for s in shapes])
-    axes.invert_yaxis()
+        bars = axes.barh(places, values, height * 0.92, color=COLOURS[name], label=name)
+        axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=2, fontsize=7)
+    sizes = {row["shape"]: " x ".join(map(str, row["size"])) for row in result.rows}
+    labels = [f"{shape}\n{sizes[shape]}" for shape in shapes]
+    axes.set_yticks(range(len(shapes)), labels, fontsize=9)
+    axes.set_ylim(len(shapes) - 0.4, -0.6)
+    axes.set_xscale("log")
     axes.grid(axis="y", visible=False)
