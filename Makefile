@@ -35,9 +35,9 @@ demo: setup
 bench: setup
 	$(BIN)/fp8rl bench quant
 
-## the checks of `make lint`, then every test, two files at a time
+## the checks of `make lint`, then every test, two files at a time on a thread each
 test: lint
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .
