@@ -203,8 +203,9 @@ def test_what_is_not_defined_is_refused():
         (lambda: quantize_activations(x[0]), r"\[\.\., T, K\]"),
         (lambda: dequantize_blockwise(quantize(x), torch.float64), "dtype must be"),
     ]:
-        with refusal(QuantFormatError, message):
+        with refusal(QuantFormatError, message) as found:
             call()
+        assert str(found.value)
 
 
 def test_an_fp32_weight_is_quantized_as_master_or_as_its_bf16_export_and_never_unsaid():
@@ -235,8 +236,9 @@ def test_an_export_that_overflows_bf16_is_not_finite():
 
 def test_an_unknown_scale_format_is_refused():
     q = quantize(torch.zeros(4, 4))
-    with refusal(QuantFormatError, "one of .*found 'e8m0'"):
+    with refusal(QuantFormatError, "one of .*found 'e8m0'") as found:
         QuantizedTensor(q.data, q.scale_inv, (128, 128), "e8m0")
+    assert "e8m0" in str(found.value)
 
 
 def test_a_quantized_tensor_knows_its_size_and_refuses_parts_that_do_not_fit():

@@ -134,8 +134,9 @@ def change_index(folder, change):
 
 
 def refused(folder, message):
-    with pytest.raises(CheckpointFormatError, match=message):
+    with pytest.raises(CheckpointFormatError, match=message) as found:
         Checkpoint.open(folder)
+    return found.value
 
 
 def test_a_whole_checkpoint_opens_with_all_its_tensors(sharded):
@@ -150,48 +151,48 @@ def test_a_whole_checkpoint_opens_with_all_its_tensors(sharded):
 
 def test_a_missing_shard_is_named_with_a_tensor_of_it(sharded):
     (sharded / "model-00002-of-00003.safetensors").unlink()
-    refused(sharded, r"model-00002-of-00003.safetensors: is missing; .* 'model\.layers\.0\.")
+    assert refused(sharded, r"model-00002-of-00003.safetensors: is missing; .* 'model\.layers\.0\.")
 
 
 def test_a_tensor_that_the_index_names_and_no_shard_holds_is_named(sharded):
     change_index(sharded, lambda names: names.update({"ghost": names["model.norm.weight"]}))
-    refused(sharded, "lacks tensor 'ghost'")
+    assert refused(sharded, "lacks tensor 'ghost'")
 
 
 def test_a_tensor_in_another_shard_than_the_index_says_is_named(sharded):
     first = "model-00001-of-00003.safetensors"
     change_index(sharded, lambda names: names.update({"model.norm.weight": first}))
-    refused(sharded, "tensor 'model.norm.weight'")
+    assert refused(sharded, "tensor 'model.norm.weight'")
     change_index(sharded, lambda names: names.pop("model.norm.weight"))
-    refused(sharded, "tensor 'model.norm.weight', for which .* names no file")
+    assert refused(sharded, "tensor 'model.norm.weight', for which .* names no file")
 
 
 def test_an_index_never_leads_out_of_the_folder(sharded):
     change_index(sharded, lambda names: names.update({"a": "../other.safetensors"}))
-    refused(sharded, "'../other.safetensors', which is no safetensors file of this folder")
+    assert refused(sharded, "'../other.safetensors', which is no safetensors file of this folder")
 
 
 @pytest.mark.parametrize("raw", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}'])
 def test_a_broken_index_is_named(sharded, raw):
     (sharded / INDEX).write_text(raw)
-    refused(sharded, f"{INDEX}: ")
+    assert refused(sharded, f"{INDEX}: ")
 
 
 def test_two_answers_to_which_weights_are_meant_are_refused(sharded):
     (sharded / "model.safetensors").write_bytes(GOOD)
-    refused(sharded, "loaders disagree")
+    assert refused(sharded, "loaders disagree")
 
 
 def test_a_folder_without_weights_config_or_existence_is_named(sharded, tmp_path):
-    refused(tmp_path / "nowhere", "nowhere: is not a folder")
+    assert refused(tmp_path / "nowhere", "nowhere: is not a folder")
     (sharded / "config.json").rename(tmp_path / "config.json")
-    refused(sharded, "config.json: is missing")
+    assert refused(sharded, "config.json: is missing")
     empty = tmp_path / "empty"
     empty.mkdir()
     (tmp_path / "config.json").rename(empty / "config.json")
-    refused(empty, "holds neither model.safetensors nor")
+    assert refused(empty, "holds neither model.safetensors nor")
     (empty / "pytorch_model.bin").write_bytes(b"")
-    refused(empty, "pytorch_model.bin: is a pickle")
+    assert refused(empty, "pytorch_model.bin: is a pickle")
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):

@@ -60,7 +60,7 @@ def test_a_non_finite_value_in_a_tensor_that_is_only_copied_is_no_less_an_error(
     name, tensors, tmp_path
 ):
     tensors[name].view(-1)[5] = float("nan")
-    refused(NonFiniteWeightError, f"tensor '{name}': 1 non-finite", tmp_path, tensors)
+    assert refused(NonFiniteWeightError, f"tensor '{name}': 1 non-finite", tmp_path, tensors)
 
 
 def test_a_non_finite_scale_or_code_is_named(tensors, tmp_path):
@@ -74,23 +74,23 @@ def test_a_non_finite_scale_or_code_is_named(tensors, tmp_path):
             fp8[UP].view(torch.uint8)[3, 4] = 0x7F
         message = f"'{UP}' dequantizes to .* non-finite"
         folder = tmp_path / str(number)
-        refused(CheckpointFormatError, message, folder, fp8, config, BACK)
+        assert refused(CheckpointFormatError, message, folder, fp8, config, BACK)
 
 
 def test_a_tensor_left_over_missing_or_of_another_shape_is_named(tensors, tmp_path):
     extra = tensors | {"model.layers.0.mlp.extra.weight": torch.ones(2, 2).bfloat16()}
     message = r"model\.safetensors: tensor 'model\.layers\.0\.mlp\.extra\.weight' has no place"
-    refused(CheckpointFormatError, message, tmp_path / "a", extra)
+    assert refused(CheckpointFormatError, message, tmp_path / "a", extra)
     missing = {name: tensor for name, tensor in tensors.items() if name != UP}
-    refused(CheckpointFormatError, f"lacks tensor '{UP}'", tmp_path / "b", missing)
+    assert refused(CheckpointFormatError, f"lacks tensor '{UP}'", tmp_path / "b", missing)
     smaller = tensors | {UP: tensors[UP][:-1].contiguous()}
     message = rf"'{UP}' has shape \(511, 256\), and config\.json describes \(512, 256\)"
-    refused(CheckpointFormatError, message, tmp_path / "c", smaller)
+    assert refused(CheckpointFormatError, message, tmp_path / "c", smaller)
 
 
 def test_a_linear_that_is_no_float_is_named(tensors, tmp_path):
     integers = tensors | {UP: tensors[UP].to(torch.int8)}
-    refused(CheckpointFormatError, f"'{UP}' has dtype torch.int8", tmp_path, integers)
+    assert refused(CheckpointFormatError, f"'{UP}' has dtype torch.int8", tmp_path, integers)
 
 
 def test_a_tensor_both_stacked_and_by_itself_is_refused(tmp_path):
@@ -98,13 +98,13 @@ def test_a_tensor_both_stacked_and_by_itself_is_refused(tmp_path):
     stack = {"model.layers.0.mlp.experts.down_proj": torch.ones(4, 256, 128).bfloat16()}
     message = "'model.layers.0.mlp.experts.0.down_proj.weight' a second time"
     both = random_tensors(config) | stack
-    refused(CheckpointFormatError, message, tmp_path, both, config)
+    assert refused(CheckpointFormatError, message, tmp_path, both, config)
 
 
 def test_fp32_linears_ask_for_a_choice(tensors, tmp_path):
     wide = {name: tensor.float() for name, tensor in tensors.items()}
     message = r"is fp32, as 7 of the 7 tensors.*--fp32-as master .* or --fp32-as export"
-    refused(ConversionError, message, tmp_path, wide)
+    assert refused(ConversionError, message, tmp_path, wide)
 
 
 def test_what_is_quantized_is_not_quantized_again_and_what_is_not_has_no_way_back(
@@ -130,7 +130,7 @@ def test_what_is_quantized_is_not_quantized_again_and_what_is_not_has_no_way_bac
 def test_other_kinds_of_quantization_have_no_way_back(change, tensors, tmp_path):
     fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]} | change
     config = CONFIG | {"quantization_config": fp8}
-    refused(ConversionError, "is no blockwise FP8", tmp_path, tensors, config, BACK)
+    assert refused(ConversionError, "is no blockwise FP8", tmp_path, tensors, config, BACK)
 
 
 def test_an_fp8_tensor_without_its_scale_and_a_scale_without_its_tensor_are_named(
@@ -148,7 +148,9 @@ def test_an_fp8_tensor_without_its_scale_and_a_scale_without_its_tensor_are_name
         )
     ):
         changed = {n: t for n, t in (fp8 | change).items() if t is not None}
-        refused(CheckpointFormatError, message, tmp_path / str(number), changed, config, BACK)
+        assert refused(
+            CheckpointFormatError, message, tmp_path / str(number), changed, config, BACK
+        )
 
 
 def test_options_that_say_how_to_quantize_do_not_go_with_the_way_back(tensors, tmp_path):
@@ -156,7 +158,7 @@ def test_options_that_say_how_to_quantize_do_not_go_with_the_way_back(tensors, t
         message = f"{next(iter(options))} says how to quantize"
         chosen = ConvertOptions(to="bf16", **options)
         folder = tmp_path / next(iter(options))
-        refused(ConversionError, message, folder, tensors, options=chosen)
+        assert refused(ConversionError, message, folder, tensors, options=chosen)
 
 
 def test_shapes_that_an_engine_cannot_serve_are_refused_or_kept(tmp_path):
