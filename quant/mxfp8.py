@@ -34,7 +34,7 @@ from fp8rl.quant.blockwise import FP32Source, quantize_blockwise, weight_values
 from fp8rl.quant.errors import QuantFormatError
 from fp8rl.quant.reference import block_amax, cast_with_scale
 from fp8rl.quant.scales import E4M3_MAX
-from fp8rl.quant.tensor import FP8_DTYPE, scale_shape
+from fp8rl.quant.tensor import FP8_DTYPE, check_one_device, scale_shape
 
 MX_GROUP: Final = 32
 
@@ -73,11 +73,7 @@ class MXFP8Tensor:
                 f"scale_inv of data {self.shape} must be torch.uint8 {expected}, found "
                 f"{self.scale_inv.dtype} {tuple(self.scale_inv.shape)}"
             )
-        if self.scale_inv.device != self.data.device:
-            raise QuantFormatError(
-                f"scale_inv is on {self.scale_inv.device} and data on {self.data.device}; "
-                "move both to one device"
-            )
+        check_one_device(self.data, self.scale_inv)
 
     @property
     def shape(self) -> tuple[int, ...]:

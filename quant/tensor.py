@@ -36,6 +36,14 @@ def check_format(block_size: tuple[int, int], scale_format: str) -> None:
         raise QuantFormatError(f"scale_format must be one of {known}, found {scale_format!r}")
 
 
+def check_one_device(data: Tensor, scale_inv: Tensor) -> None:
+    """Raise QuantFormatError unless data and scales are on one device."""
+    if scale_inv.device != data.device:
+        raise QuantFormatError(
+            f"scale_inv is on {scale_inv.device} and data on {data.device}; move both to one device"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
     """A blockwise-FP8 tensor.
@@ -68,11 +76,7 @@ class QuantizedTensor:
                 f"scale_inv of data {self.shape} in blocks of {self.block_size} must have shape "
                 f"{expected}, found {tuple(self.scale_inv.shape)}"
             )
-        if self.scale_inv.device != self.data.device:
-            raise QuantFormatError(
-                f"scale_inv is on {self.scale_inv.device} and data on {self.data.device}; "
-                "move both to one device"
-            )
+        check_one_device(self.data, self.scale_inv)
 
     @property
     def shape(self) -> tuple[int, ...]:

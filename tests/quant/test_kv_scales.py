@@ -100,8 +100,9 @@ def test_an_amax_that_overflows_with_its_margin_is_refused():
 )
 def test_scales_without_a_sound_origin_are_refused(options, message):
     amax = options.pop("amax", AMAX)
-    with refusal(KVScaleError, message):
+    with refusal(KVScaleError, message) as found:
         scales(amax, **options)
+    assert str(found.value)
 
 
 def test_json_that_is_not_complete_is_refused():

@@ -208,5 +208,6 @@ def test_routers_are_named_to_the_engine():
     ],
 )
 def test_bad_requests_are_refused_with_what_was_found(change, options, message):
-    with refusal(QuantPlanError, message):
+    with refusal(QuantPlanError, message) as found:
         plan(change, **options)
+    assert str(found.value)
