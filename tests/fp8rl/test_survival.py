@@ -41,7 +41,7 @@ def ends(whole: Whole, folder: Path) -> dict[str, End]:
 
     command = Command(folder, "--resume", folder)
     command.wait_for_engine()
-    time.sleep(1.0)  # the warm-up, with what comes before it, takes two
+    time.sleep(1.0)  # the warm-up takes several
     command.send(signal.SIGKILL)
     ends["SIGKILL in the warm-up"] = command.end()
 
