@@ -3,7 +3,7 @@
     python examples/own_trainer.py [FOLDER]
 
 The model is small and random; its reward is the share of even tokens in a response, which it
-learns to raise. What fp8rl does is in ``main``; the rest stands for your trainer.
+learns to raise. What fp8rl does is in ``main`` and ``kv_scales``; the rest stands for your trainer.
 """
 
 import sys
@@ -13,8 +13,9 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from fp8rl.correction import TIS, PolicyLossConfig, correct, group_advantages, policy_loss
+from fp8rl.quant import KVCalibrator, KVScaleRule, KVScales
 from fp8rl.rollout import EngineSettings, RolloutEngine, Sample, Sampling
-from fp8rl.sync import IterableSource, Publisher
+from fp8rl.sync import HuggingFaceQKV, IterableSource, Publisher
 
 STEPS, GROUP, TOKENS, EOS = 12, 8, 16, 1
 PROMPTS = [[2 + i, 3 + i, 4 + i] for i in range(16)]
@@ -27,18 +28,27 @@ def main(folder: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     settings = EngineSettings(
         hf_config=config.to_dict() | {"architectures": ["Qwen3ForCausalLM"]},
-        precision="fp8",
+        precision="fp8-kv",
         max_model_len=64,
         max_num_seqs=128,
         kv_cache_bytes=2**26,
     )
     sampling = Sampling(max_tokens=TOKENS, stop_token=EOS, samples=GROUP)
-    with RolloutEngine(settings, folder) as engine, Publisher(settings.plan(), engine) as publisher:
+    qkv = HuggingFaceQKV(model)
+    calibrator = KVCalibrator(KVScaleRule(), qkv.shape)
+    tokens = torch.tensor(PROMPTS)
+    real = torch.ones_like(tokens, dtype=torch.bool)
+    with (
+        RolloutEngine(settings, folder) as engine,
+        Publisher(settings.plan(), engine, kv_layers=qkv.shape.layers) as publisher,
+    ):
         for version in range(STEPS):
+            scales = kv_scales(model, qkv, calibrator, version, tokens, real)
             source = IterableSource(model.state_dict())
-            sync = publisher.publish(source, version=version, kv_scales=None)  # proven on return
+            sync = publisher.publish(source, version=version, kv_scales=scales)  # proven on return
             groups = engine.generate(PROMPTS, version=version, sampling=sampling, seed=version)
             tokens, mask, behaviour, rewards = to_tensors(groups)
+            real = mask | (torch.arange(tokens.shape[1]) < len(PROMPTS[0]))
             with torch.no_grad():
                 old = log_probs(model, tokens, mask)
             fix = correct(TIS(cap=2.0), old, behaviour, mask)
@@ -50,6 +60,22 @@ def main(folder: Path) -> None:
             optimizer.step()
             optimizer.zero_grad()
             print(f"version {version}: reward {rewards.mean():.3f}, {sync.nbytes} bytes published")
+
+
+def kv_scales(
+    model: Qwen3ForCausalLM,
+    qkv: HuggingFaceQKV,
+    calibrator: KVCalibrator,
+    version: int,
+    tokens: torch.Tensor,
+    real: torch.Tensor,
+) -> KVScales:
+    """Measure the scales of this version on the batch just trained, [B, S]; padding is not real."""
+    observer = calibrator.observer()
+    with qkv.watch(observer) as watch, torch.no_grad():
+        watch.token_mask = real
+        model(tokens)
+    return calibrator.scales(observer.observation(), version)  # of ranks: .reduced()
 
 
 def tiny_qwen3() -> Qwen3Config:

@@ -60,9 +60,11 @@ Example:
 DOCTOR_EXAMPLES = """
 Examples:
 
-- `fp8rl doctor`: everything, with a tiny real engine (some 20 seconds)
+- `fp8rl doctor`: this machine, with a tiny real engine (some 20 seconds)
 
 - `fp8rl doctor --no-engine --json`: at once, for a program
+
+- `fp8rl doctor runs/demo`: the KV-cache scales of a run, and what they clip
 """
 
 
@@ -91,10 +93,10 @@ def train(
         ),
     ] = None,
     precision: Annotated[
-        Literal["bf16", "fp8", "fp8-kv"] | None,
+        Literal["bf16", "fp8", "kv-only", "fp8-kv"] | None,
         typer.Option(
-            help="Arm of the rollout engine: bf16; fp8 (blockwise FP8 weights); fp8-kv (FP8 "
-            "weights and FP8 KV cache). The config's rollout.precision unless given.",
+            help="Arm of the rollout engine: bf16; fp8 (blockwise FP8 weights); kv-only (FP8 KV "
+            "cache); fp8-kv (both). The config's rollout.precision unless given.",
             show_default=False,
         ),
     ] = None,
@@ -153,25 +155,41 @@ def report(
 
 @app.command(epilog=DOCTOR_EXAMPLES)
 def doctor(
+    run_dir: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="RUN_DIR",
+            help="Folder of a run whose KV-cache scales to look at, also while it runs. Left out, "
+            "the machine is examined.",
+            show_default=False,
+        ),
+    ] = None,
     engine: Annotated[
         bool,
         typer.Option(
             "--engine/--no-engine",
-            help="Start a tiny real engine and look whether our vLLM plugin is live in its "
-            "workers (vLLM is silent about a plugin that fails to load).",
+            help="Start a tiny real engine, look whether our vLLM plugin is live in its workers "
+            "(vLLM is silent about a plugin that fails to load), and whether it takes KV scales. "
+            "Never with RUN_DIR.",
         ),
     ] = True,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the findings as one JSON object instead.")
     ] = False,
 ) -> None:
-    """Say what this machine has, what is missing, and what each missing thing costs.
+    """Examine this machine, or the KV-cache scales of a run.
 
-    Ends with exit code 1 if something is missing that the default arm (fp8-kv) needs.
+    Says what the machine has, what is missing, and what each missing thing costs; exit code 1 if
+    something is missing that the default arm (fp8-kv) needs. With RUN_DIR: scale, saturation and
+    underflow of each layer's q, k and v in the run's last step; exit code 1 if a saturation passes
+    the run's kv_scales.warn_saturation, and 2 if no run is there.
     """
+    if run_dir is not None:
+        raise typer.Exit(_examine_run(run_dir, as_json))
     from rich.console import Console
 
-    from fp8rl.doctor import examine, examine_engine
+    from fp8rl.doctor import examine
+    from fp8rl.doctor_engine import examine_engine
 
     findings = examine()
     if engine:
@@ -241,6 +259,21 @@ def _print_result(folder: Path, as_json: bool) -> None:
     from fp8rl.run_dir import RunDir
 
     typer.echo(json.dumps(RunDir.open(folder).read_result()) if as_json else str(folder))
+
+
+def _examine_run(run_dir: Path, as_json: bool) -> int:
+    """Show the KV scales of a run; returns the exit code."""
+    with _exit_codes():
+        from rich.console import Console
+
+        from fp8rl.kv_health import health_table, kv_health
+
+        health = kv_health(run_dir)
+    if as_json:
+        typer.echo(json.dumps(health.to_json()))
+    else:
+        Console().print(health_table(health))
+    return 0 if health.warning is None else 1
 
 
 def _print_findings(findings: Sequence[Finding], good: bool) -> None:

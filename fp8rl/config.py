@@ -26,9 +26,13 @@ from pydantic import model_validator as check
 
 from fp8rl.correction import TIS, CorrectionConfig, PolicyLossConfig
 from fp8rl.errors import ConfigError
+from fp8rl.quant.kv_rule import KVScaleRule
 
-Precision = Literal["bf16", "fp8", "fp8-kv"]
+Precision = Literal["bf16", "fp8", "kv-only", "fp8-kv"]
+BF16_WEIGHTS: frozenset[Precision] = frozenset({"bf16", "kv-only"})
+FP8_CACHE: frozenset[Precision] = frozenset({"kv-only", "fp8-kv"})
 TrainerPrecision = Literal["bf16", "fp8-aligned"]
+ModelFamily = Literal["qwen3", "qwen2"]
 BLOCK = 128  # the width of an FP8 weight block; every linear's sides are multiples of it
 VOCAB_MULTIPLE = 64  # the vocabulary is padded to a multiple of this
 
@@ -42,8 +46,11 @@ class Frozen(BaseModel):
 
 
 class ModelConfig(Frozen):
-    """The policy: a Qwen3-shaped decoder (RMSNorm, RoPE, GQA, QK-norm, SwiGLU, untied head)."""
+    """The policy: a Qwen-shaped decoder (RMSNorm, RoPE, GQA, SwiGLU, untied head)."""
 
+    family: ModelFamily = Field(
+        "qwen3", description="qwen3: norms on q and k; qwen2: biases on q, k and v instead"
+    )
     num_layers: PositiveInt = Field(4, description="decoder layers")
     hidden_size: PositiveInt = Field(256, description="width; a multiple of 128")
     ffn_hidden_size: PositiveInt = Field(512, description="SwiGLU width; a multiple of 128")
@@ -75,6 +82,17 @@ class ModelConfig(Frozen):
             )
         if self.head_dim % 32:
             raise ValueError(f"head_dim is {self.head_dim}, not a multiple of 32")
+        return self
+
+    @check(mode="after")
+    def _heads_fit_the_family(self) -> Self:
+        """Qwen2's config.json has no head_dim: vLLM passes over one, transformers would obey it."""
+        width = self.num_heads * self.head_dim
+        if self.family == "qwen2" and width != self.hidden_size:
+            raise ValueError(
+                f"num_heads x head_dim is {width}, which for family qwen2 must be hidden_size "
+                f"({self.hidden_size}); change one of the three, or use family=qwen3"
+            )
         return self
 
 
@@ -123,7 +141,8 @@ class RolloutConfig(Frozen):
     """The vLLM engine and what is asked of it each step."""
 
     precision: Precision = Field(
-        "fp8-kv", description="bf16; fp8 (weights); fp8-kv (weights and KV cache)"
+        "fp8-kv",
+        description="what is FP8: bf16 nothing; fp8 weights; kv-only KV cache; fp8-kv both",
     )
     prompts_per_step: PositiveInt = Field(64, description="prompts a step")
     samples_per_prompt: int = Field(8, ge=2, description="size of a GRPO group")
@@ -131,11 +150,19 @@ class RolloutConfig(Frozen):
     kv_cache_gib: PositiveFloat = Field(0.25, description="host memory for the KV cache, GiB")
 
 
-class KVScaleConfig(Frozen):
-    """How the KV-cache scales are measured each step."""
+class KVScaleConfig(KVScaleRule):
+    """How the KV-cache scales are measured each step; the rule itself is in ``kv_rule.py``."""
 
-    margin: float = Field(1.0, ge=1.0, description="headroom above the observed amax")
-    calibration_tokens: PositiveInt = Field(2048, description="bound on tokens observed a step")
+    measured_by: Literal["trainer", "engine"] = Field(
+        "trainer", description="whose forward is watched: its own, or one of the live engine"
+    )
+    calibrate_on: Literal["trained", "prompts", "fixed"] = Field(
+        "trained", description="the batch just trained, the next prompts, or fixed demonstrations"
+    )
+    calibration_tokens: PositiveInt = Field(512, description="bound on tokens observed a step")
+    warn_saturation: float = Field(
+        1e-3, ge=0, le=1, description="share of clipped elements above which a step warns"
+    )
 
 
 class RunConfig(Frozen):
@@ -188,11 +215,11 @@ class RunConfig(Frozen):
 
     @check(mode="after")
     def _precisions_fit(self) -> Self:
-        if self.trainer.precision == "fp8-aligned" and self.rollout.precision == "bf16":
+        if self.trainer.precision == "fp8-aligned" and self.rollout.precision in BF16_WEIGHTS:
             raise ValueError(
-                "trainer.precision is fp8-aligned, but rollout.precision is bf16: the engine has "
-                "no FP8 weights to align with; use trainer.precision=bf16 or "
-                "rollout.precision=fp8"
+                f"trainer.precision is fp8-aligned, but rollout.precision is "
+                f"{self.rollout.precision}: the engine has no FP8 weights to align with; use "
+                "trainer.precision=bf16 or rollout.precision=fp8"
             )
         shape, ranks = self.model, self.trainer.tensor_parallel
         cut = {

@@ -1,7 +1,8 @@
 """What this machine has, what is missing, and what each missing thing costs.
 
 ``check_machine`` refuses a run that cannot work here, before anything heavy starts.
-``examine`` is what ``fp8rl doctor`` prints. Both judge a ``Machine``, which tests can make up.
+``examine`` is what ``fp8rl doctor`` prints, with what doctor_engine.py finds in a live engine. Both
+judge a ``Machine``, which tests can make up.
 
 Who needs what: vLLM's CPU kernel for blockwise FP8 linears needs AMX tiles, and its FP8 KV cache
 AVX-512; a CUDA device needs compute capability 8.9 for E4M3.
@@ -14,19 +15,15 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal, Self
 
 from fp8rl import environment
-from fp8rl.config import VOCAB_MULTIPLE, ModelConfig, Precision, RunConfig
-from fp8rl.errors import ConfigError, EngineError
+from fp8rl.config import BF16_WEIGHTS, FP8_CACHE, Precision, RunConfig
+from fp8rl.errors import ConfigError
 
 State = Literal["ok", "missing", "optional"]
 
 FP8_CAPABILITY = (8, 9)  # the first compute capability with E4M3
-TINY_LENGTH = 32  # tokens; the doctor's engine generates nothing
-TINY_CACHE = 64 << 20  # bytes
 PLUGIN_GROUP = "vllm.general_plugins"
 PLUGIN = "fp8rl.sync.plugin:register"
 INSTALL = "run `make setup` on a CPU, or `pip install 'fp8rl[vllm,megatron]'` where CUDA is"
@@ -39,7 +36,7 @@ MODULES = {
 }
 FEATURES = {
     "avx512": "no FP8 KV cache on this CPU: use --precision fp8 or bf16",
-    "amx_tile": "no FP8 weights on this CPU: use --precision bf16",
+    "amx_tile": "no FP8 weights on this CPU: use --precision bf16 or kv-only",
 }
 
 
@@ -95,13 +92,36 @@ def check_machine(config: RunConfig, machine: Machine | None = None) -> None:
     Raises:
         ConfigError: names everything that is missing, and what to do.
     """
-    problems = _problems(config.rollout.precision, machine or Machine.here())
-    if problems:
-        raise ConfigError("this machine cannot run this config: " + "; ".join(problems))
+    found = problems(config.rollout.precision, machine or Machine.here())
+    if found:
+        raise ConfigError("this machine cannot run this config: " + "; ".join(found))
+
+
+def problems(precision: Precision, machine: Machine) -> list[str]:
+    """Everything that this arm needs and the machine lacks, each with what to do."""
+    absent = [name for name in MODULES if name not in machine.modules]
+    found = [f"{name} is not installed ({MODULES[name]}): {INSTALL}" for name in absent]
+    if precision == "bf16":
+        return found
+    if machine.capabilities:
+        return found + [
+            f"CUDA device {index} has compute capability {has[0]}.{has[1]}, and FP8 needs "
+            f"{FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]} or later: use --precision bf16"
+            for index, has in enumerate(machine.capabilities)
+            if has < FP8_CAPABILITY
+        ]
+    needed = [] if precision in BF16_WEIGHTS else ["amx_tile"]
+    needed += ["avx512"] if precision in FP8_CACHE else []
+    return found + [
+        f"rollout.precision is {precision}, but the processor has no {_label(name)} "
+        f"({FEATURES[name]})"
+        for name in needed
+        if not machine.features[name]
+    ]
 
 
 def examine(machine: Machine | None = None) -> list[Finding]:
-    """Everything the doctor looks at, but for the live engine (see ``examine_engine``)."""
+    """Everything the doctor looks at, but for the live engine."""
     machine = machine or Machine.here()
     return [
         *_examine_packages(machine),
@@ -109,61 +129,6 @@ def examine(machine: Machine | None = None) -> list[Finding]:
         *_examine_gpus(machine),
         _examine_compiler(),
         _examine_plugin(),
-    ]
-
-
-def examine_engine(machine: Machine | None = None) -> list[Finding]:
-    """Start a tiny engine, and look in each of its workers for our weight-transfer backend.
-
-    vLLM says nothing about a plugin that fails to load, so only a live engine can tell.
-    """
-    from fp8rl.megatron_model import hf_config
-    from fp8rl.rollout import EngineSettings, RolloutEngine
-    from fp8rl.sync.plugin import RECEIVER
-
-    machine = machine or Machine.here()
-    if not {"vllm", "transformers"} <= machine.modules:
-        return [Finding("engine", "not started: vllm is not installed", "missing", "no rollouts")]
-    precision: Precision = "bf16" if _problems("fp8-kv", machine) else "fp8-kv"
-    settings = EngineSettings(
-        hf_config=hf_config(ModelConfig(num_layers=1), VOCAB_MULTIPLE, TINY_LENGTH),
-        precision=precision,
-        max_model_len=TINY_LENGTH,
-        max_num_seqs=1,
-        kv_cache_bytes=TINY_CACHE,
-    )
-    with TemporaryDirectory(prefix="fp8rl-doctor-") as folder:
-        try:
-            with RolloutEngine(settings, Path(folder)) as engine:
-                live = [worker["backend"] for worker in engine.worker_report()]
-        except EngineError as error:
-            return [Finding(f"{precision} engine", str(error), "missing", "no rollouts")]
-    rows = [Finding("engine", f"starts ({precision})", "ok")]
-    for rank, backend in enumerate(live):
-        right = backend == RECEIVER[1]
-        cost = "" if right else "no weight update reaches this worker: reinstall fp8rl"
-        rows.append(Finding(f"worker {rank} plugin", backend, "ok" if right else "missing", cost))
-    return rows
-
-
-def _problems(precision: Precision, machine: Machine) -> list[str]:
-    absent = [name for name in MODULES if name not in machine.modules]
-    problems = [f"{name} is not installed ({MODULES[name]}): {INSTALL}" for name in absent]
-    if precision == "bf16":
-        return problems
-    if machine.capabilities:
-        return problems + [
-            f"CUDA device {index} has compute capability {found[0]}.{found[1]}, and FP8 needs "
-            f"{FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]} or later: use --precision bf16"
-            for index, found in enumerate(machine.capabilities)
-            if found < FP8_CAPABILITY
-        ]
-    needed = ["amx_tile", "avx512"] if precision == "fp8-kv" else ["amx_tile"]
-    return problems + [
-        f"rollout.precision is {precision}, but the processor has no {_label(name)} "
-        f"({FEATURES[name]})"
-        for name in needed
-        if not machine.features[name]
     ]
 
 

@@ -5,7 +5,7 @@ Version v of the policy is the policy after v steps. A step
     observe    q, k, v of version v on the batch just trained -> KV scales that carry v
     publish    quantize version v, send it with its scales; the engine proves and commits it
     rollout    groups of responses, each token with its behaviour log-prob and version
-    score      the same tokens under the trainer's version v
+    score      the same tokens under the trainer's version v; what the KV scales clip and lose
     correct    TIS or MIS weights for the difference between the two
     train      the clipped GRPO/DAPO loss with these weights -> version v + 1
 
@@ -15,6 +15,7 @@ published and evaluated too. Runs on every trainer rank; rank 0 alone talks to t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from fp8rl.correction import (
     mismatch_metrics,
     policy_loss,
 )
-from fp8rl.quant import QKV, KVScales
+from fp8rl.quant import KVScales
 from fp8rl.rollout import Sampling
 from fp8rl.rollout_batch import RolloutBatch, rollout_batch, share
 from fp8rl.run_dir import Metrics
@@ -67,7 +68,7 @@ def step(run: Session, version: int) -> Metrics:
     config = run.config
     metrics: Metrics = {"step": version, "version": version}
     with run.phase("observe"):
-        scales = observe(run, version, metrics)
+        scales = run.calibration.measure(version) if run.calibration else None
     publish(run, version, scales, metrics)
     if version % config.eval_every == 0 or version == config.steps:
         with run.phase("eval"):
@@ -77,33 +78,26 @@ def step(run: Session, version: int) -> Metrics:
     with run.phase("rollout"):
         rollout = sample(run, version, metrics)
     with run.phase("score"):
-        old_logprobs = run.trainer.log_probs(rollout.batch)
+        old_logprobs = score(run, rollout, metrics)
     mask = rollout.batch.response_mask
     correction = correct(config.correction, old_logprobs, rollout.logprobs, mask)
     metrics |= mismatch_metrics(old_logprobs, rollout.logprobs, mask)
     metrics |= correction_metrics(config.correction, correction, mask)
     with run.phase("train"):
         metrics |= learn(run, rollout, old_logprobs, correction)
-    run.calibration = rollout.batch
+    if run.calibration:
+        run.calibration.trained = rollout.batch
     return metrics
 
 
-def observe(run: Session, version: int, metrics: Metrics) -> KVScales | None:
-    """Measure the KV scales of ``version``; None where the engine's cache is BF16."""
-    if not run.fp8_kv:
-        return None
-    settings = run.config.kv_scales
-    amax, tokens = run.trainer.kv_amax(run.calibration, settings.calibration_tokens)
-    scales = KVScales.from_amax(amax, version=version, tokens=tokens, margin=settings.margin)
-    for number, layer in enumerate(scales.layers):
-        metrics |= {f"kv_scale/{number}/{x}": getattr(layer, f"{x}_scale") for x in QKV}
-    return scales
-
-
-def publish(run: Session, version: int, scales: KVScales | None, metrics: Metrics) -> None:
+def publish(
+    run: Session, version: int, scales: KVScales | Callable[[], KVScales] | None, metrics: Metrics
+) -> None:
     """Send ``version`` to the engine; when this returns the engine has proven that it holds it."""
     with run.phase("publish"):
         report = run.publisher.publish(run.trainer.source(), version=version, kv_scales=scales)
+        if run.calibration:
+            metrics |= run.calibration.confirm(report.kv_scales if report else None)
     if report is not None:
         metrics |= {
             "sync/bytes": report.nbytes,
@@ -111,7 +105,20 @@ def publish(run: Session, version: int, scales: KVScales | None, metrics: Metric
             "sync/seconds": report.quantize_seconds + report.engine_seconds,
             "sync/quantize_seconds": report.quantize_seconds,
             "sync/engine_seconds": report.engine_seconds,
+            "sync/kv_seconds": report.kv_seconds,
         }
+
+
+def score(run: Session, rollout: RolloutBatch, metrics: Metrics) -> Tensor:
+    """Log-probs of the rollout under the trainer; and how its KV scales did on these tokens."""
+    if run.calibration is None:
+        return run.trainer.log_probs(rollout.batch)
+    observer = run.calibration.watch()
+    logprobs = run.trainer.log_probs(rollout.batch, observer)
+    metrics |= run.calibration.rates(observer.observation().reduced())
+    for warning in run.calibration.warnings(metrics):
+        run.progress.message(warning)
+    return logprobs
 
 
 def sample(run: Session, version: int, metrics: Metrics) -> RolloutBatch:

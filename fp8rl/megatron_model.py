@@ -1,14 +1,15 @@
-"""The policy: a Qwen3-shaped GPTModel of megatron-core, and the same model's Hugging Face config.
+"""The policy: a Qwen-shaped GPTModel of megatron-core, and the same model's Hugging Face config.
 
-Local layer spec, RMSNorm, RoPE, grouped-query attention, QK-norm, SwiGLU, no biases, untied head,
-BF16. Initial weights are drawn for each parameter by its global name and cut afterwards, so that
-every layout (TP, PP) starts from the same model bit for bit:
+Local layer spec, RMSNorm, RoPE, grouped-query attention, SwiGLU, untied head, BF16. Of the two
+families Qwen3 normalizes q and k, Qwen2 adds biases to q, k and v. Initial matrices are drawn for
+each parameter by its global name and cut afterwards, so that every layout (TP, PP) starts from the
+same model bit for bit; norms begin at one, biases at zero:
 
     W[name] ~ N(0, std),  generator seeded with sha256(seed / name)
     std = init_std, and init_std / sqrt(2 layers) where a matrix writes to the residual stream
           (GPT-2's rule, Radford et al. 2019)
 
-Left out: MoE, biases, tied embeddings, sliding windows, RoPE scaling.
+Left out: MoE, other biases, tied embeddings, sliding windows, RoPE scaling.
 """
 
 from __future__ import annotations
@@ -32,22 +33,27 @@ RESIDUAL_WRITERS = ("linear_proj.weight", "linear_fc2.weight")
 
 
 def hf_config(model: ModelConfig, vocab_size: int, max_positions: int) -> dict[str, Any]:
-    """Return the config.json of the Qwen3ForCausalLM that has this shape."""
-    return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
+    """Return the config.json of the Qwen3ForCausalLM or Qwen2ForCausalLM that has this shape."""
+    of_family: dict[str, dict[str, Any]] = {
+        "qwen3": {
+            "architectures": ["Qwen3ForCausalLM"],
+            "head_dim": model.head_dim,
+            "attention_bias": False,
+        },
+        "qwen2": {"architectures": ["Qwen2ForCausalLM"]},  # head_dim and biases are not its choice
+    }
+    return of_family[model.family] | {
+        "model_type": model.family,
         "vocab_size": vocab_size,
         "hidden_size": model.hidden_size,
         "intermediate_size": model.ffn_hidden_size,
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.num_heads,
         "num_key_value_heads": model.num_kv_heads,
-        "head_dim": model.head_dim,
         "hidden_act": "silu",
         "rms_norm_eps": model.norm_eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
         "max_position_embeddings": max_positions,
-        "attention_bias": False,
         "attention_dropout": 0.0,
         "tie_word_embeddings": False,
         "use_sliding_window": False,
@@ -77,7 +83,7 @@ def build_model(config: RunConfig, vocab_size: int) -> GPTModel:
         model = GPTModel(
             config=_transformer_config(config),
             transformer_layer_spec=get_gpt_layer_local_spec(
-                qk_layernorm=True, normalization="RMSNorm"
+                qk_layernorm=config.model.family == "qwen3", normalization="RMSNorm"
             ),
             vocab_size=vocab_size,
             max_sequence_length=2**20,  # RoPE needs no bound; nothing is allocated for it
@@ -104,7 +110,8 @@ def _transformer_config(config: RunConfig) -> TransformerConfig:
         kv_channels=shape.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=shape.norm_eps,
-        qk_layernorm=True,
+        qk_layernorm=shape.family == "qwen3",
+        add_qkv_bias=shape.family == "qwen2",
         add_bias_linear=False,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
@@ -131,7 +138,7 @@ def _transformer_config(config: RunConfig) -> TransformerConfig:
 
 @torch.no_grad()
 def _draw_weights(model: GPTModel, config: RunConfig) -> None:
-    """Overwrite every matrix by its own draw; norms keep their ones."""
+    """Overwrite every matrix by its own draw; norms keep their ones, biases their zeros."""
     residual_std = config.model.init_std / math.sqrt(2 * config.model.num_layers)
     for name, parameter in global_parameters(model).items():
         if parameter.ndim < 2:

@@ -12,6 +12,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from fp8rl.run_dir import Metrics
+
+    Draw = Callable[[Axes, Sequence[Metrics]], None]
 
 BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 SKY, PURPLE, YELLOW, GREY = "#56B4E9", "#CC79A7", "#F0E442", "#6E6E6E"
@@ -35,6 +38,7 @@ PHASE_COLOURS = {
 }
 ACCEPTABLE_EXCESS = 0.05  # mean exp|dlogp| < 1.05 is acceptable (NVIDIA's blog on NeMo-RL)
 SPREAD_OCTAVES = 0.5  # height over which lines at one and the same scale are drawn side by side
+LEAST_SATURATION = 1e-6  # share below which the axis is linear, down to 0
 KV_SCALE = re.compile(r"kv_scale/(\d+)/([kv])")
 STYLE: dict[Any, Any] = {  # matplotlib types its keys as a union of literals
     "font.size": 10.0,
@@ -53,25 +57,28 @@ STYLE: dict[Any, Any] = {  # matplotlib types its keys as a union of literals
 }
 
 
-def curves(metrics: Sequence[Metrics], title: str) -> Figure:
-    """All panels in one figure of 10 x 10.5 inches, three rows of two."""
+def curves(metrics: Sequence[Metrics], title: str, warn_saturation: float | None = None) -> Figure:
+    """All panels in one figure of 10 x 10.5 inches, three rows of two.
+
+    ``warn_saturation`` is the run's threshold, None where it has none.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 10.5), layout="constrained")
         figure.suptitle(title, fontsize=13, fontweight="bold")
-        for axes, draw in zip(figure.subplots(3, 2).flat, PANELS, strict=True):
+        for axes, draw in zip(figure.subplots(3, 2).flat, _drawings(warn_saturation), strict=True):
             _panel(axes, draw, metrics)
     return figure
 
 
-def panels(metrics: Sequence[Metrics]) -> Iterator[str]:
+def panels(metrics: Sequence[Metrics], warn_saturation: float | None = None) -> Iterator[str]:
     """Each panel as an ``<svg>`` element of its own, 5.2 x 3.4 inches, its text as text."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    for draw in PANELS:
+    for draw in _drawings(warn_saturation):
         svg = io.StringIO()
         with matplotlib.rc_context(STYLE):
             figure = Figure(figsize=(5.2, 3.4), layout="constrained")
@@ -145,16 +152,35 @@ def corrected(axes: Axes, metrics: Sequence[Metrics]) -> None:
     axes.legend(loc="upper left")
 
 
-def kv_scales(axes: Axes, metrics: Sequence[Metrics]) -> None:
-    """The scale of each layer's K and V cache; lines that would coincide are spread a little."""
-    from matplotlib import colormaps
+def kv_scales(axes: Axes, metrics: Sequence[Metrics], warn_saturation: float | None = None) -> None:
+    """The scale of each layer's K and V cache, and below (right axis) what the scales clip.
 
+    Lines that would coincide are spread a little.
+    """
     axes.set_title("KV-cache scales")
-    axes.set_ylabel("scale (lines spread to show all)")
+    axes.set_ylabel("scale (lines spread)", loc="top")
     names = {match.groups() for line in metrics for key in line if (match := KV_SCALE.match(key))}
     lines = sorted((int(layer), kind) for layer, kind in names)
     if not lines:
         return _missing(axes, "BF16 KV cache: no scales")
+    drawn, changes = _scale_lines(axes, metrics, lines)
+    low, high = math.floor(min(drawn, default=0) + 0.5), math.ceil(max(drawn, default=0) - 0.5)
+    span = high - low + 1.5
+    axes.set_ylim(low - 0.75 - 0.8 * span, high + 0.75 + 0.5 * span)  # saturation; legend
+    ticks = range(low, high + 1)
+    axes.set_yticks(ticks, [rf"$2^{{{tick}}}$" for tick in ticks])
+    note = f"{changes} changes" if changes else "constant in all steps"
+    axes.set_title(f"{len(lines)} scales, {note}", loc="right", fontsize=9, fontweight="normal")
+    axes.legend(loc="upper left", ncols=4, columnspacing=1.2)
+    _saturation(axes, metrics, warn_saturation)
+
+
+def _scale_lines(
+    axes: Axes, metrics: Sequence[Metrics], lines: Sequence[tuple[int, str]]
+) -> tuple[list[float], int]:
+    """Draw log2 of each scale; returns the finite heights drawn, and how often a scale changed."""
+    from matplotlib import colormaps
+
     layers = sorted({layer for layer, _ in lines})
     drawn, changes = [], 0
     for index, (layer, kind) in enumerate(lines):
@@ -162,32 +188,47 @@ def kv_scales(axes: Axes, metrics: Sequence[Metrics]) -> None:
         changes += sum(a != b for a, b in pairwise(scales))
         offset = SPREAD_OCTAVES * ((index + 0.5) / len(lines) - 0.5)
         heights = [math.log2(scale) + offset if scale > 0 else math.nan for scale in scales]
-        colour = colormaps["viridis"](0.9 * layers.index(layer) / max(1, len(layers) - 1))
+        named = len(layers) <= 4 or layer in (layers[0], layers[-1])
         axes.step(
             steps,
             heights,
             where="post",
-            color=colour,
+            color=colormaps["viridis"](0.9 * layers.index(layer) / max(1, len(layers) - 1)),
             linestyle="-" if kind == "k" else (0, (4, 1.5)),
             marker=_dot(steps),
-            label=f"{kind}{layer}"
-            if len(layers) <= 4 or layer in (layers[0], layers[-1])
-            else None,
+            label=f"{kind}{layer}" if named else None,
         )
         drawn += [height for height in heights if math.isfinite(height)]
-    low, high = math.floor(min(drawn, default=0) + 0.5), math.ceil(max(drawn, default=0) - 0.5)
-    axes.set_ylim(low - 2.0, high + 1.0)
-    ticks = range(low - 1, high + 2)
-    axes.set_yticks(ticks, [rf"$2^{{{tick}}}$" for tick in ticks])
-    note = f"{changes} changes" if changes else "constant in all steps"
-    axes.set_title(f"{len(lines)} scales, {note}", loc="right", fontsize=9, fontweight="normal")
-    axes.legend(
-        loc="lower left",
-        ncols=4,
-        columnspacing=1.2,
-        title="k or v, and its layer",
-        alignment="left",
-    )
+    return drawn, changes
+
+
+def _saturation(axes: Axes, metrics: Sequence[Metrics], warn_saturation: float | None) -> None:
+    """The highest saturation of any layer's q, k or v, in the lowest third, with the threshold."""
+    steps, shares = _series(metrics, "kv/saturation_max")
+    if not steps:
+        return
+    right = axes.twinx()
+    right.spines["right"].set_visible(True)
+    right.grid(False)
+    right.set_yscale("symlog", linthresh=LEAST_SATURATION)
+    right.set_ylim(-0.3 * LEAST_SATURATION, 1e12)
+    right.plot(steps, shares, color=VERMILION, marker=_dot(steps))
+    ticks = {0.0: "0", 1e-4: "0.01 %", 1e-2: "1 %", 1.0: "100 %"}
+    right.set_yticks(list(ticks), list(ticks.values()), fontsize=8)
+    right.minorticks_off()
+    right.set_ylabel("clipped, at most", color=VERMILION, loc="bottom", fontsize=9)
+    right.tick_params(axis="y", labelcolor=VERMILION)
+    if warn_saturation is not None:
+        right.axhline(warn_saturation, color=VERMILION, linestyle=":", linewidth=1.2)
+        right.annotate(
+            "warns above",
+            (0.01, warn_saturation),
+            (0, 3),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            color=VERMILION,
+            fontsize=8.5,
+        )
 
 
 def phase_times(axes: Axes, metrics: Sequence[Metrics]) -> None:
@@ -233,14 +274,10 @@ def speed(axes: Axes, metrics: Sequence[Metrics]) -> None:
     return None
 
 
-PANELS: tuple[Callable[[Axes, Sequence[Metrics]], None], ...] = (
-    reward,
-    mismatch,
-    corrected,
-    kv_scales,
-    phase_times,
-    speed,
-)
+def _drawings(warn_saturation: float | None) -> tuple[Draw, ...]:
+    """The panels, in order."""
+    scales = partial(kv_scales, warn_saturation=warn_saturation)
+    return reward, mismatch, corrected, scales, phase_times, speed
 
 
 def phase_names(metrics: Sequence[Metrics]) -> list[str]:
@@ -252,9 +289,7 @@ def phase_names(metrics: Sequence[Metrics]) -> list[str]:
     return known + [name for name in found if name not in PHASE_COLOURS and name != "step"]
 
 
-def _panel(
-    axes: Axes, draw: Callable[[Axes, Sequence[Metrics]], None], metrics: Sequence[Metrics]
-) -> None:
+def _panel(axes: Axes, draw: Draw, metrics: Sequence[Metrics]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel("step")

@@ -3,6 +3,7 @@
     reward       held-out, at the first and the last evaluation, and the best one
     mismatch     k3 and exp|dlogp|, means over steps of each step's mean over tokens
     sync         median seconds; bytes of the last update, beside what BF16 would take
+    KV scales    how many changed; the highest share of clipped elements of a tensor in a step
     speed        median rollout tokens/s; mean seconds of each phase over all steps
 
 All numbers come from metrics.jsonl, so that a run that was killed has a report too; what the
@@ -27,6 +28,7 @@ from fp8rl.run_dir import Metrics, RunDir, write_file
 ARMS = {
     "bf16": "BF16 rollout",
     "fp8": "FP8 weights, BF16 KV cache",
+    "kv-only": "BF16 weights, FP8 KV cache",
     "fp8-kv": "FP8 weights and KV cache",
 }
 CURVES_DPI = 160
@@ -62,6 +64,8 @@ def result(
         "exp_abs_diff_mean": _mean(_values(metrics, "mismatch/exp_abs_diff")),
         "truncated_fraction_mean": _mean(_values(metrics, "correction/truncated_fraction")),
         "rejected_fraction_mean": _mean(_values(metrics, "correction/rejected_fraction")),
+        "kv_saturation_max": max(_values(metrics, "kv/saturation_max"), default=None),
+        "kv_scale_changes": _sum(_values(metrics, "kv/changed")),
         "sync_ms_median": None if sync is None else 1000 * sync,
         "sync_bytes": _last(_values(metrics, "sync/bytes")),
         "bf16_bytes": _last(_values(metrics, "sync/bf16_bytes")),
@@ -86,9 +90,9 @@ def write_report(path: Path) -> Path:
     stored = run.read_result() or {}
     found = result(run, command=stored.get("command"), environment=stored.get("environment"))
     metrics = run.metrics()
-    title = describe(found["config"])
-    curves(metrics, title).savefig(run.curves, dpi=CURVES_DPI)
-    write_file(run.report, page(title, found, headline(found), metrics).encode())
+    title, limit = describe(found["config"]), warn_saturation(found["config"])
+    curves(metrics, title, limit).savefig(run.curves, dpi=CURVES_DPI)
+    write_file(run.report, page(title, found, headline(found), metrics, limit).encode())
     return run.report
 
 
@@ -98,6 +102,12 @@ def describe(config: Mapping[str, Any]) -> str:
     if config["trainer"].get("precision") == "fp8-aligned":  # absent in older runs
         arm += ", FP8-aligned trainer"
     return f"{arm}, correction {config['correction']['kind']}, seed {config['seed']}"
+
+
+def warn_saturation(config: Mapping[str, Any]) -> float | None:
+    """The share of clipped elements above which the run warns; None in runs older than that."""
+    limit = (config.get("kv_scales") or {}).get("warn_saturation")
+    return None if limit is None else float(limit)
 
 
 def headline(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -123,6 +133,7 @@ def headline(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             f"{_show(found['rejected_fraction_mean'], '.3%')}",
             "of response tokens, mean",
         ),
+        *_kv_row(found),
         (
             "weight sync",
             _show(found["sync_ms_median"], ".0f", " ms"),
@@ -138,6 +149,13 @@ def headline(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
+def percent(share: float | None) -> str:
+    """A share of 1 in percent, two digits; "-" where it is not known."""
+    if share is None:
+        return "-"
+    return "0 %" if share == 0 else f"{100 * share:.2g} %"
+
+
 def closing_table(found: Mapping[str, Any]) -> Table:
     """What a run ends with on the terminal, from its ``result``."""
     table = Table(title=describe(found["config"]), title_justify="left", show_header=False)
@@ -147,6 +165,15 @@ def closing_table(found: Mapping[str, Any]) -> Table:
     for row in headline(found):
         table.add_row(*row)
     return table
+
+
+def _kv_row(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """What the KV scales clipped; no row where the cache is BF16."""
+    clipped, changes = found["kv_saturation_max"], found["kv_scale_changes"] or 0
+    if clipped is None:
+        return []
+    remark = f"clipped at most, of a tensor in a step; {changes} scale changes"
+    return [("KV saturation", percent(clipped), remark)]
 
 
 def _values(metrics: Sequence[Metrics], key: str) -> list[float]:
@@ -165,6 +192,10 @@ def _last(values: Sequence[float]) -> float | None:
 
 def _mean(values: Sequence[float]) -> float | None:
     return fmean(values) if values else None
+
+
+def _sum(values: Sequence[float]) -> int | None:
+    return int(sum(values)) if values else None
 
 
 def _median(values: Sequence[float]) -> float | None:

@@ -46,8 +46,9 @@ def page(
     found: Mapping[str, Any],
     headline: Sequence[tuple[str, str, str]],
     metrics: Sequence[Metrics],
+    warn_saturation: float | None,
 ) -> str:
-    """The whole page, from a ``report.result``, its headline and the run's metrics."""
+    """The whole page, from a ``report.result``, its headline, the run's metrics and threshold."""
     planned = found["config"]["steps"]
     state = "" if found["steps"] >= planned else f" Stopped at step {found['steps']} of {planned}."
     parts = [
@@ -56,7 +57,7 @@ def page(
         '<div class="tiles">',
         *(_tile(*row) for row in headline),
         '</div><div class="plots">',
-        *panels(metrics),
+        *panels(metrics, warn_saturation),
         "</div>",
         "<h2>Time per phase</h2>",
         _phase_table(found["phase_seconds_mean"]),

@@ -1,41 +1,27 @@
 """The rollout engine as the trainer sees it: a vLLM process that answers for its weights.
 
-``RolloutEngine`` starts the process (``engine_process.py``), speaks its JSON lines, and is the
-client through which a ``Publisher`` updates it. Generation names the weight version it wants; an
-engine that holds none as new, or whose last update failed, refuses. A process that dies is noticed
-the moment its socket closes, and the error carries the last lines of its log.
+``RolloutEngine`` starts the process and speaks to it through an ``EngineChannel``; it is the client
+through which a ``Publisher`` updates it. Generation names the weight version it wants; an engine
+that holds none as new, or whose last update failed, refuses. ``submit`` and ``collect`` are the two
+halves of ``generate``: between them the engine works on, and may be updated.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fp8rl.config import Precision
-from fp8rl.errors import EngineDiedError, EngineError, StaleWeightsError
+from fp8rl.engine_channel import EngineChannel
+from fp8rl.errors import EngineError
 from fp8rl.quant import EngineTensor, QuantPlan, WeightPrecision
+from fp8rl.quant.kv_observation import KVObservation
 from fp8rl.sync.manifest import DTYPES, DtypeName
 
-LOG_LINES_SHOWN = 15
 DIFFERENCES_SHOWN = 5
-STOP_SECONDS = 10.0  # from a closed socket to the end of its process
-
-# Of torchrun's variables none may reach vLLM, which would take them for its own rendezvous.
-_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_")
-_ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core lives in our child, not a grandchild
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",  # idle threads must not spin on cores that the trainer needs
-    "TORCHDYNAMO_DISABLE": "1",  # eager anyway; spares 15 s of compiling a log-prob rank counter
-}
 
 
 @dataclass(frozen=True)
@@ -56,13 +42,13 @@ class EngineSettings:
 
     def plan(self) -> QuantPlan:
         """The quantization plan that trainer and engine share."""
-        weights: WeightPrecision = "bf16" if self.precision == "bf16" else "fp8"
+        weights: WeightPrecision = "fp8" if self.precision in ("fp8", "fp8-kv") else "bf16"
         return QuantPlan.from_hf_config(self.hf_config, weights=weights)
 
     @property
     def fp8_kv(self) -> bool:
         """Whether the KV cache is FP8 and needs scales with every update."""
-        return self.precision == "fp8-kv"
+        return self.precision in ("kv-only", "fp8-kv")
 
     def llm_arguments(self, model_dir: Path) -> dict[str, Any]:
         """Write ``config.json`` into ``model_dir``; return the arguments of ``vllm.LLM``."""
@@ -125,30 +111,10 @@ class RolloutEngine:
         self.settings = settings
         self.log_path = folder / "engine.log"
         arguments = settings.llm_arguments(folder / "engine")
-        ours, theirs = socket.socketpair()
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(_TORCHRUN)}
-        threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
-        with theirs, self.log_path.open("ab") as log:
-            self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "fp8rl.engine_process",
-                    str(theirs.fileno()),
-                    str(os.getpid()),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=[theirs.fileno()],
-                env={**inherited, **threads, **_ENVIRONMENT},
-                start_new_session=True,  # Ctrl-C is for the trainer, which then stops us
-            )
-        self._socket = ours
-        self._lines = ours.makefile("r", encoding="utf-8")
+        self._channel = EngineChannel(arguments, self.log_path)
         self._ready = False
+        self._kv_cache_tokens = 0
         self._unplanned: list[str] = []  # where the engine is not what the plan says
-        self._send(arguments)
 
     def __enter__(self) -> RolloutEngine:
         """Return self."""
@@ -161,14 +127,11 @@ class RolloutEngine:
     @property
     def pid(self) -> int:
         """Process id of the engine."""
-        return self._process.pid
+        return self._channel.pid
 
     def close(self) -> None:
         """Kill the process, which holds nothing worth saving; calling it again does nothing."""
-        self._lines.close()
-        self._socket.close()
-        self._process.kill()
-        self._process.wait()
+        self._channel.close()
 
     def worker_report(self) -> list[dict[str, Any]]:
         """For each worker: its live weight-transfer backend, version, failure and last timings."""
@@ -193,15 +156,91 @@ class RolloutEngine:
             StaleWeightsError: the engine's last update failed, or its weights are older.
             EngineError: vLLM refused the request. EngineDiedError: the process ended.
         """
+        ticket = self.submit(prompts, version=version, sampling=sampling, seed=seed)
+        return self.collect(ticket)
+
+    def submit(
+        self, prompts: Sequence[Sequence[int]], *, version: int, sampling: Sampling, seed: int
+    ) -> int:
+        """Begin to sample, as ``generate`` does; returns at once with a ticket for ``collect``.
+
+        Until it is collected the engine samples whenever no request keeps it from that. An update
+        that lands meanwhile goes for the tokens still to come, with all keys and values computed
+        anew; each token carries its version.
+
+        Raises:
+            As ``generate``.
+        """
         seeds = [seed + index * sampling.samples for index in range(len(prompts))]
-        groups = self._call(
-            "generate",
+        ticket: int = self._call(
+            "submit",
             prompts=[list(prompt) for prompt in prompts],
             version=version,
             sampling=sampling.parameters(),
             seeds=seeds,
         )
+        return ticket
+
+    def collect(self, ticket: int) -> list[list[Sample]]:
+        """Wait for a ticket's samples, in any order of tickets; each can be collected once.
+
+        Raises:
+            StaleWeightsError: an update failed while they were in flight, so they were aborted; or
+                one is under way: collect when it is finished.
+            EngineError: no such ticket. EngineDiedError: the process ended.
+        """
+        groups = self._call("collect", ticket=ticket)
         return [[Sample(**{k: tuple(v) for k, v in s.items()}) for s in group] for group in groups]
+
+    def observe_kv(self, prompts: Sequence[Sequence[int]], *, histogram: bool) -> KVObservation:
+        """Run prompts through the live engine, mid-update, and say what q, k and v were.
+
+        Args:
+            prompts: token ids of each prompt; every one of them is observed.
+            histogram: also count elements by magnitude, for percentiles.
+
+        Raises:
+            EngineError: no update is under way whose weights were applied, or requests are in
+                flight (collect them first); an update that was under way has then failed.
+        """
+        seen = self._call(
+            "observe_kv", prompts=[list(prompt) for prompt in prompts], histogram=histogram
+        )
+        return KVObservation.from_json(seen)
+
+    def kv_state(self) -> list[dict[str, dict[str, list[float]]]]:
+        """For each worker the KV scales it holds, read live: layer -> q, k or v -> its copies.
+
+        Copies are those on the device and its float mirror; for k and v also the one on the CPU.
+        """
+        state: list[dict[str, dict[str, list[float]]]] = self._call("kv_state")
+        return state
+
+    @property
+    def kv_cache_tokens(self) -> int:
+        """Tokens that the KV cache holds at most, as vLLM reports it."""
+        self.wait_ready()
+        return self._kv_cache_tokens
+
+    def sleep(self, level: int = 1) -> None:
+        """Give the engine's device memory back until ``wake_up``; a CPU engine only pauses.
+
+        Args:
+            level: 1 keeps the weights in host memory; 2 discards them, so that after waking
+                nothing is served before a publish.
+
+        Raises:
+            EngineError: requests are in flight (collect them first), or an update is under way.
+        """
+        self._call("sleep", level=level)
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Wake ``"weights"``, ``"kv_cache"`` or, without tags, all that sleeps.
+
+        Raises:
+            EngineError: a tag does not sleep, or the KV scales could not be restored.
+        """
+        self._call("wake_up", tags=None if tags is None else list(tags))
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Tell the engine where the trainer's segment lies."""
@@ -226,7 +265,9 @@ class RolloutEngine:
             EngineDiedError: it does not start. EngineError: its model is not what the plan says.
         """
         if not self._ready:
-            self._unplanned = self._audit(self._receive()["tensors"])
+            description = self._channel.receive()
+            self._unplanned = self._audit(description["tensors"])
+            self._kv_cache_tokens = description["kv_cache_tokens"]
             self._ready = True
         if self._unplanned:
             shown = "; ".join(self._unplanned[:DIFFERENCES_SHOWN])
@@ -245,37 +286,4 @@ class RolloutEngine:
 
     def _call(self, method: str, **params: Any) -> Any:
         self.wait_ready()
-        self._send({"method": method, "params": params})
-        reply = self._receive()
-        if "error" not in reply:
-            return reply["result"]
-        kind = StaleWeightsError if reply["error"] == "StaleWeightsError" else EngineError
-        raise kind(f"{reply['error']}: {reply['message']}")
-
-    def _send(self, message: dict[str, Any]) -> None:
-        try:
-            self._socket.sendall(json.dumps(message).encode() + b"\n")
-        except OSError as error:
-            raise self._died() from error
-
-    def _receive(self) -> dict[str, Any]:
-        try:
-            line = self._lines.readline()
-        except OSError as error:
-            raise self._died() from error
-        if not line:
-            raise self._died()
-        reply: dict[str, Any] = json.loads(line)
-        return reply
-
-    def _died(self) -> EngineDiedError:
-        """The error for an engine whose socket closed: how it ended and its log's last lines."""
-        try:
-            code: int | str = self._process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            code = "none: still running, its socket closed"
-        lines = self.log_path.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:]
-        return EngineDiedError(
-            f"the rollout engine (pid {self.pid}) ended, exit code {code}; the last lines of "
-            f"{self.log_path}:\n  " + "\n  ".join(lines)
-        )
+        return self._channel.call(method, params)

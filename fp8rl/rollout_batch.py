@@ -42,6 +42,11 @@ def examples_batch(task: DigitTask, examples: Sequence[tuple[TokenIds, TokenIds]
     return _pad(task, [(prompt, answer) for prompt, answer in examples])[0]
 
 
+def prompts_batch(task: DigitTask, prompts: Sequence[TokenIds]) -> TokenBatch:
+    """Prompts alone, as sequences to run a forward on: all but the first token count as given."""
+    return _pad(task, [(prompt[:1], prompt[1:]) for prompt in prompts])[0]
+
+
 def rollout_batch(
     task: DigitTask, prompts: Sequence[TokenIds], groups: Sequence[Sequence[Sample]], version: int
 ) -> RolloutBatch:

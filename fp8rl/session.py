@@ -13,21 +13,21 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
 from fp8rl import checkpoint
 from fp8rl.batch import TokenBatch
-from fp8rl.config import RunConfig, dump_config
+from fp8rl.calibration import Calibration
+from fp8rl.config import FP8_CACHE, RunConfig, dump_config
 from fp8rl.distributed import init_distributed
 from fp8rl.environment import environment
 from fp8rl.megatron_model import hf_config
 from fp8rl.progress import Progress
 from fp8rl.report import closing_table, describe, result, write_report
 from fp8rl.rollout import EngineSettings, RolloutEngine
-from fp8rl.rollout_batch import examples_batch, width
+from fp8rl.rollout_batch import examples_batch, prompts_batch, width
 from fp8rl.run_dir import Metrics, RunDir
 from fp8rl.sync.publisher import Publisher
 from fp8rl.task import DigitTask
@@ -49,13 +49,8 @@ class Session:
     progress: Progress
     console: Console
     version: int  # the first version to publish
-    calibration: TokenBatch  # on which the next KV scales are observed
+    calibration: Calibration | None  # of the KV scales; None where the cache is BF16
     _began: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def fp8_kv(self) -> bool:
-        """Whether the engine's KV cache is FP8."""
-        return self.config.rollout.precision == "fp8-kv"
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -86,7 +81,7 @@ class Session:
             checkpoint.save(
                 self.folder.checkpoints,
                 version,
-                self.trainer.state() | _calibration_state(self.calibration),
+                self.trainer.state() | (self.calibration.state() if self.calibration else {}),
                 rank=self.rank,
                 world_size=self.config.world_size,
                 extra={},
@@ -120,7 +115,10 @@ def open_session(config: RunConfig, *, resume: bool, command: str) -> Iterator[S
         progress = Progress(config.steps, title, console, enabled=rank == 0)
         display = stack.enter_context(ExitStack())
         display.enter_context(progress)
-        version, calibration = _restore(config, folder, trainer, task, rank, resume, progress)
+        calibration = None
+        if config.rollout.precision in FP8_CACHE:
+            calibration = _calibration(config, task, trainer, engine)
+        version = _restore(config, folder, trainer, calibration, task, rank, resume, progress)
         layers = config.model.num_layers if settings.fp8_kv else 0
         with progress.phase("waiting for the rollout engine", timed=False):
             publisher = stack.enter_context(Publisher(settings.plan(), engine, kv_layers=layers))
@@ -150,14 +148,27 @@ def open_session(config: RunConfig, *, resume: bool, command: str) -> Iterator[S
 def engine_settings(config: RunConfig, task: DigitTask) -> EngineSettings:
     """The engine that this run needs."""
     rows = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    longest = width(task) + 1  # rows are measured whole, and vLLM wants room for a token after them
     return EngineSettings(
-        hf_config=hf_config(config.model, task.vocab_size, width(task)),
+        hf_config=hf_config(config.model, task.vocab_size, longest),
         precision=config.rollout.precision,
-        max_model_len=width(task),
+        max_model_len=longest,
         max_num_seqs=rows,
         kv_cache_bytes=int(config.rollout.kv_cache_gib * 2**30),
         seed=config.seed,
     )
+
+
+def _calibration(
+    config: RunConfig, task: DigitTask, trainer: MegatronTrainer, engine: RolloutEngine | None
+) -> Calibration:
+    """How this run gets its KV scales."""
+
+    def prompts(version: int) -> TokenBatch:
+        return prompts_batch(task, task.train_prompts(version, config.rollout.prompts_per_step))
+
+    fixed = _demonstrations(config, task, config.warmup.steps)  # after the last of the warm-up
+    return Calibration(config.kv_scales, trainer, engine, prompts=prompts, fixed=fixed)
 
 
 def _conclude(run: Session) -> None:
@@ -181,29 +192,33 @@ def _restore(
     config: RunConfig,
     folder: RunDir,
     trainer: MegatronTrainer,
+    calibration: Calibration | None,
     task: DigitTask,
     rank: int,
     resume: bool,
     progress: Progress,
-) -> tuple[int, TokenBatch]:
-    """Load the last checkpoint, or warm up; returns the version to publish and what to observe."""
+) -> int:
+    """Load the last checkpoint, or warm up; returns the version to publish."""
     last = checkpoint.latest(folder.checkpoints) if resume else None
     if last is None:
         if rank == 0:
             folder.truncate_metrics(after_step=-1)
-        return 0, _warm_up(config, trainer, task, progress)
+        _warm_up(config, trainer, task, progress)
+        return 0
     saved = checkpoint.load(last, rank=rank, world_size=config.world_size)
-    calibration = _calibration_of(saved.tensors)
-    trainer.load_state(saved.tensors)
+    ours = {name for name in saved.tensors if name.startswith("calibration/")}
+    trainer.load_state({n: t for n, t in saved.tensors.items() if n not in ours})
+    if calibration is not None:
+        calibration.load_state({n: saved.tensors[n] for n in ours})
     if rank == 0:  # steps after the checkpoint are done again
         folder.truncate_metrics(after_step=saved.step - 1)
     progress.message(f"resumed at version {saved.step} from {last}")
-    return saved.step, calibration
+    return saved.step
 
 
 def _warm_up(
     config: RunConfig, trainer: MegatronTrainer, task: DigitTask, progress: Progress
-) -> TokenBatch:
+) -> None:
     """Supervised steps to a start where reward is low but not zero."""
     settings = config.warmup
     began, loss = time.perf_counter(), float("nan")
@@ -221,22 +236,8 @@ def _warm_up(
         f"warm-up: {settings.steps} supervised steps of {settings.batch_size} examples, "
         f"loss {loss:.3f}, {time.perf_counter() - began:.0f} s"
     )
-    return _demonstrations(config, task, settings.steps)
 
 
 def _demonstrations(config: RunConfig, task: DigitTask, number: int) -> TokenBatch:
     shown = task.demonstrations(number, config.warmup.batch_size, config.warmup.slip_rate)
     return examples_batch(task, shown)
-
-
-def _calibration_state(batch: TokenBatch) -> dict[str, Tensor]:
-    return {
-        "calibration/tokens": batch.tokens,
-        "calibration/response_mask": batch.response_mask.to(torch.uint8),
-    }
-
-
-def _calibration_of(tensors: dict[str, Tensor]) -> TokenBatch:
-    """Take the calibration batch out of a checkpoint's tensors; the rest is the trainer's."""
-    mask = tensors.pop("calibration/response_mask").bool()
-    return TokenBatch(tensors.pop("calibration/tokens"), mask)

@@ -30,9 +30,18 @@ from fp8rl.errors import TrainerError
 from fp8rl.master_adamw import MasterAdamW
 from fp8rl.megatron_cpu import cpu_stands_in
 from fp8rl.megatron_model import build_model
-from fp8rl.micro_batch import MicroBatch, cut, sample_rows
-from fp8rl.quant import AmaxObserver, FakeQuantization, QuantPlan, ScaleFormat, fake_quantize
+from fp8rl.micro_batch import MicroBatch, cut
+from fp8rl.quant import (
+    AttentionShape,
+    FakeQuantization,
+    KVObservation,
+    KVObserver,
+    QuantPlan,
+    ScaleFormat,
+    fake_quantize,
+)
 from fp8rl.sync.megatron import MegatronSource, global_parameters
+from fp8rl.sync.qkv_megatron import MegatronQKV
 
 LossFn = Callable[[Tensor, slice], Tensor]
 """(log-probs fp32 [b, S], which rows of the batch) -> these rows' share of the batch's loss."""
@@ -78,6 +87,7 @@ class MegatronTrainer:
                 group=parallel_state.get_model_parallel_group(),
             )
         self._source = MegatronSource(self._model)
+        self._qkv = MegatronQKV(self._model)
         self._fake_quant: FakeQuantization | None = None
         if config.trainer.precision == "fp8-aligned":
             if plan is None:
@@ -86,14 +96,25 @@ class MegatronTrainer:
                 self._source.linears(), plan, activations=_engine_activations()
             )
 
+    @property
+    def attention_shape(self) -> AttentionShape:
+        """Layers and heads of the whole model."""
+        return self._qkv.shape
+
     @torch.no_grad()
-    def log_probs(self, batch: TokenBatch) -> Float32[Tensor, "batch time"]:
-        """Score a batch: fp32 [B, S], 0.0 where ``response_mask`` is False; same on every rank."""
+    def log_probs(
+        self, batch: TokenBatch, observer: KVObserver | None = None
+    ) -> Float32[Tensor, "batch time"]:
+        """Score a batch: fp32 [B, S], 0.0 where ``response_mask`` is False; same on every rank.
+
+        ``observer`` sees q, k and v of this rank's layers and heads at every real token.
+        """
 
         def finish(micro: MicroBatch, logits: Tensor, non_loss_data: bool) -> Tensor:
             return self._log_probs(micro, logits)[: micro.real]
 
-        parts = self._run(batch, finish, width=batch.tokens.shape[1] - 1, train=False)
+        width = batch.tokens.shape[1] - 1
+        parts = self._run(batch, finish, width=width, train=False, observer=observer)
         result = torch.cat(parts) if parts else torch.empty(batch.tokens.shape)
         return self._from_last_stage(result)
 
@@ -122,48 +143,17 @@ class MegatronTrainer:
         return {"loss": float(self._from_last_stage(loss)), "grad_norm": norm}
 
     @torch.no_grad()
-    def kv_amax(
-        self, batch: TokenBatch, max_tokens: int
-    ) -> tuple[Float32[Tensor, "layers 3"], int]:
-        """Observe the largest |q|, |k|, |v| of each layer, as attention meets them (post RoPE).
+    def observe_kv(self, batch: TokenBatch, observer: KVObserver) -> KVObservation:
+        """Observe q, k and v of a batch as attention meets them (post QK-norm and RoPE).
 
-        Whole sequences are drawn from the batch while their real tokens fit ``max_tokens``;
-        padding is never observed. Returns (fp32 [layers, 3] by global layer number, the number of
-        tokens seen), complete on every rank.
+        Padding is never observed. What is returned is complete, and the same on every rank.
 
         Raises:
-            TrainerError: not one sequence fits.
+            ShardError: the ranks' observers are not of one kind. RuntimeError: a rank has gone.
         """
-        from megatron.core import parallel_state
-
-        chosen = batch.rows(sample_rows(batch.lengths, max_tokens))
-        observer = AmaxObserver(self._model.config.num_layers)
-        current: list[MicroBatch] = []
-
-        def observe(layer: int, module: Any, args: tuple[Tensor, ...]) -> None:
-            q, k, v = args[:3]  # [time, rows, heads, head_dim]
-            observer.observe(layer, q, k, v, current[0].token_mask.T)
-
-        hooks = [
-            layer.self_attention.core_attention.register_forward_pre_hook(
-                partial(observe, layer.layer_number - 1)
-            )
-            for layer in self._model.decoder.layers
-        ]
-        try:
-            self._run(
-                chosen,
-                lambda micro, logits, non_loss_data: None,
-                width=batch.tokens.shape[1],
-                train=False,
-                before=lambda micro: current.__setitem__(slice(None), [micro]),
-            )
-        finally:
-            for hook in hooks:
-                hook.remove()
-        amax = observer.partial_amax()
-        dist.all_reduce(amax, dist.ReduceOp.MAX, group=parallel_state.get_model_parallel_group())
-        return amax, int(chosen.lengths.sum())
+        width = batch.tokens.shape[1]
+        self._run(batch, _finish_nothing, width=width, train=False, observer=observer)
+        return observer.observation().reduced()
 
     def restart_optimizer(self) -> None:
         """Forget Adam's moments: what comes next is another objective."""
@@ -215,12 +205,12 @@ class MegatronTrainer:
         *,
         width: int,
         train: bool,
-        before: Callable[[MicroBatch], None] = lambda micro: None,
+        observer: KVObserver | None = None,
     ) -> list[Any]:
         """Run Megatron's schedule on the first ``width`` tokens of each row.
 
         ``finish(micro, logits)`` runs on the last stage; its results are returned there, in the
-        order of the rows, and elsewhere the list is empty.
+        order of the rows, and elsewhere the list is empty. ``observer`` sees q, k and v.
         """
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -230,13 +220,15 @@ class MegatronTrainer:
 
         def forward(data: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
             micro = next(data)
-            before(micro)
+            if watch is not None:
+                watch.token_mask = micro.token_mask[:, :width]
             tokens = micro.tokens[:, :width]
             output = model(tokens, positions.expand_as(tokens), causal)
             return output, partial(finish, micro)
 
         held = self._fake_quant.held() if self._fake_quant else nullcontext()
-        with cpu_stands_in(), held:  # the weights change only between runs
+        watched = self._qkv.watch(observer) if observer is not None else nullcontext()
+        with cpu_stands_in(), held, watched as watch:  # the weights change only between runs
             results = get_forward_backward_func()(
                 forward_step_func=forward,
                 data_iterator=iter(micros),
@@ -257,6 +249,10 @@ class MegatronTrainer:
             last = parallel_state.get_pipeline_model_parallel_last_rank()
             dist.broadcast(tensor, last, group=parallel_state.get_pipeline_model_parallel_group())
         return tensor
+
+
+def _finish_nothing(micro: MicroBatch, logits: Tensor, non_loss_data: bool) -> None:
+    """Want nothing of a forward but what is observed in it."""
 
 
 def _engine_activations() -> ScaleFormat | None:

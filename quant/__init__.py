@@ -25,6 +25,7 @@ from fp8rl.quant.errors import (
     NonFiniteWeightError,
     QuantFormatError,
     QuantPlanError,
+    RankLostError,
     ShardError,
 )
 from fp8rl.quant.fake_quant import (
@@ -33,10 +34,12 @@ from fp8rl.quant.fake_quant import (
     fake_quantize,
     hugging_face_linears,
 )
-from fp8rl.quant.kv_scales import QKV, KVScales, LayerScales, kv_scale_name
+from fp8rl.quant.kv_observation import AttentionShape, KVObservation
+from fp8rl.quant.kv_observer import KVObserver
+from fp8rl.quant.kv_rule import EMA, Amax, KVCalibrator, KVScaleRule, Latest, Percentile, RunningMax
+from fp8rl.quant.kv_scales import QKV, KVScales, LayerScales, TensorScale, kv_scale_name
 from fp8rl.quant.measure import QuantError, measure_error
 from fp8rl.quant.mxfp8 import MXFP8Tensor, dequantize_mxfp8, quantize_mxfp8
-from fp8rl.quant.observer import AmaxObserver
 from fp8rl.quant.plan import PlanEntry, QuantPlan, UnfitShapes, WeightPrecision
 from fp8rl.quant.scales import E4M3_MAX, ScaleFormat
 from fp8rl.quant.shard_layout import Box, ShardLayout
@@ -45,8 +48,10 @@ from fp8rl.quant.tensor import QuantizedTensor
 
 __all__ = [
     "E4M3_MAX",
+    "EMA",
     "QKV",
-    "AmaxObserver",
+    "Amax",
+    "AttentionShape",
     "Box",
     "CheckpointFormatError",
     "CheckpointWriteError",
@@ -57,13 +62,19 @@ __all__ = [
     "FP32Source",
     "FakeQuantError",
     "FakeQuantization",
+    "KVCalibrator",
+    "KVObservation",
+    "KVObserver",
     "KVScaleError",
+    "KVScaleRule",
     "KVScales",
+    "Latest",
     "LayerScales",
     "MXFP8Tensor",
     "NonFiniteActivationError",
     "NonFiniteError",
     "NonFiniteWeightError",
+    "Percentile",
     "PlanDifference",
     "PlanEntry",
     "QuantError",
@@ -72,9 +83,12 @@ __all__ = [
     "QuantPlanError",
     "QuantizedShard",
     "QuantizedTensor",
+    "RankLostError",
+    "RunningMax",
     "ScaleFormat",
     "ShardError",
     "ShardLayout",
+    "TensorScale",
     "TrainerLinear",
     "UnfitShapes",
     "WeightPrecision",

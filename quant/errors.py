@@ -56,6 +56,10 @@ class KVScaleError(ValueError):
     """KV-cache scales cannot be made from what was observed, or are incomplete."""
 
 
+class RankLostError(RuntimeError):
+    """Another rank ended, or fell silent, while the ranks joined what they observed."""
+
+
 class CheckpointFormatError(ValueError):
     """A checkpoint file or folder is missing, truncated, corrupt or not of the expected kind."""
 

@@ -34,8 +34,8 @@ class Peers:
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         if not dist.is_initialized():
             raise ShardError(
-                "torch.distributed is not initialized: call init_process_group first, or "
-                "quantize_blockwise where one process holds the whole weight"
+                "torch.distributed is not initialized: call init_process_group first; where one "
+                "process holds all, quantize_blockwise, or the observation as it is, needs no group"
             )
         self.group = group
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
@@ -48,6 +48,12 @@ class Peers:
         """Return the elementwise maximum over the ranks, on the device of `values`."""
         reduced = values.to(self.device, copy=True)
         dist.all_reduce(reduced, op=dist.ReduceOp.MAX, group=self.group)
+        return reduced.to(values.device)
+
+    def total(self, values: Tensor) -> Tensor:
+        """Return the elementwise sum over the ranks, on the device of `values`."""
+        reduced = values.to(self.device, copy=True)
+        dist.all_reduce(reduced, op=dist.ReduceOp.SUM, group=self.group)
         return reduced.to(values.device)
 
     def gather(self, values: Tensor) -> list[Tensor]:
@@ -98,7 +104,7 @@ def _difference(texts: Sequence[str]) -> str:
         for line in found
     ]
     return (
-        f"ranks differ in what they quantize: rank 0 of the group has '{shown[0]}' where rank "
-        f"{other} has '{shown[1]}'; all must call with the same weights in the same order, and "
+        f"ranks differ in their calls: rank 0 of the group has '{shown[0]}' where rank {other} has "
+        f"'{shown[1]}'; all must call with the same model or weights, in the same order, and with "
         "the same layouts and options"
     )

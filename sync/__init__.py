@@ -4,7 +4,8 @@
         publisher.publish(source, version=7, kv_scales=scales)
 
 The trainer's side (this file's names) needs torch alone; the engine's side (``receiver.py``,
-``engine_state.py``) runs inside vLLM's workers, which load it through ``plugin.py``.
+``engine_state.py``, ``engine_scales.py``) runs inside vLLM's workers, which load it through
+``plugin.py``.
 """
 
 from fp8rl.sync.errors import (
@@ -13,22 +14,31 @@ from fp8rl.sync.errors import (
     ReadBackError,
     SegmentError,
     SourceError,
+    UnsupportedAttentionError,
 )
 from fp8rl.sync.megatron import MegatronSource
 from fp8rl.sync.publisher import Publisher, SyncClient, SyncReport
+from fp8rl.sync.qkv_hugging_face import HuggingFaceQKV
+from fp8rl.sync.qkv_megatron import MegatronQKV
+from fp8rl.sync.qkv_source import QKVSource, QKVWatch
 from fp8rl.sync.source import IterableSource, TensorMeta, WeightSource
 
 __all__ = [
     "CorruptTensorError",
+    "HuggingFaceQKV",
     "IterableSource",
     "ManifestError",
+    "MegatronQKV",
     "MegatronSource",
     "Publisher",
+    "QKVSource",
+    "QKVWatch",
     "ReadBackError",
     "SegmentError",
     "SourceError",
     "SyncClient",
     "SyncReport",
     "TensorMeta",
+    "UnsupportedAttentionError",
     "WeightSource",
 ]

@@ -5,21 +5,23 @@ Two questions are answered here, tensor by tensor under Hugging Face names:
 * ``expected_tensors``: which tensors, dtypes and shapes the engine's model takes, derived from its
   own modules (fused linears split into their parts; scales for every FP8 attention layer), not from
   what a trainer believes;
-* ``differences``: whether, after an update, the engine holds exactly what was sent.
+* ``differences``: whether, after an update, the engine holds exactly the weights that were sent
+  (KV scales have a file of their own, ``engine_scales.py``).
 
 After loading, kernels hold weights in layouts of their own, so each is compared in its own way:
 
 * FP8 on a CPU: VNNI-packed bytes, compared with the sent bytes packed by the same operator;
 * BF16 linears on a CPU: hidden inside a closure (SGL or oneDNN), so the kernel itself is run on the
   identity matrix, which gives back its weights exactly (every sum has one term; -0.0 reads as 0.0);
+* biases: as they lie, in BF16 or fp32, and as the kernel adds them, which is run on a row of zeros;
 * everything else: compared as it lies.
 
 A kernel that is not in this list is refused by name: nothing counts as proven unread.
 
 Private names of vLLM used, checked at import on 0.32: ``BlockScaledMMLinearKernel`` classes by
-name, ``Attention._{q,k,v}_scale`` with their float and CPU mirrors, ``layer.cpu_linear``, and the
-layerwise-reload helpers (to clean up after a load that broke: vLLM leaves meta tensors behind).
-Left out: tensor-parallel engines, MoE experts, biases, kernels on CUDA.
+name, ``layer.cpu_linear``, and the layerwise-reload helpers (to clean up after a load that broke:
+vLLM leaves meta tensors behind).
+Left out: tensor-parallel engines, MoE experts, kernels on CUDA.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ from vllm.model_executor.model_loader.reload.layerwise import (
     get_layerwise_info,
 )
 
-from fp8rl.quant import EngineTensor
+from fp8rl.quant import QKV, EngineTensor
+from fp8rl.sync.engine_scales import has_fp8_cache
 from fp8rl.sync.errors import ManifestError, ReadBackError
 
 SUPPORTED_VLLM = "0.32."
@@ -50,6 +53,7 @@ if not vllm.__version__.startswith(SUPPORTED_VLLM):
     )
 
 FP8_BLOCK = 128
+CPU_FP8_KERNEL = "CPUFp8BlockScaledMMKernel"
 PROBE_ROWS = 512  # rows of the identity matrix sent through a kernel at once
 
 
@@ -78,7 +82,7 @@ def expected_tensors(model: nn.Module) -> list[EngineTensor]:
         elif isinstance(module, Attention):
             found.extend(
                 EngineTensor(f"{prefix}.{x}_scale", torch.float32, (1,))
-                for x in ("q", "k", "v")
+                for x in QKV
                 if has_fp8_cache(module)
             )
         else:
@@ -89,17 +93,12 @@ def expected_tensors(model: nn.Module) -> list[EngineTensor]:
     return found
 
 
-def has_fp8_cache(module: nn.Module) -> bool:
-    """Whether a module is an attention layer whose KV cache is FP8."""
-    return isinstance(module, Attention) and module.kv_cache_dtype.startswith("fp8")
-
-
 def differences(model: nn.Module, sent: Mapping[str, torch.Tensor]) -> list[str]:
     """Compare the engine's own state with what was sent; returns one line for each difference.
 
     Args:
         model: the live model, after the update.
-        sent: Hugging Face name -> CPU tensor, whole.
+        sent: weights by Hugging Face name, whole CPU tensors.
 
     Raises:
         ReadBackError: a kernel's layout is not known here, so nothing can be proven.
@@ -130,6 +129,19 @@ def abandon_reload(model: nn.Module) -> None:
             info.reset()
 
 
+def fit_biases(model: nn.Module) -> None:
+    """Give the biases of FP8 linears on a CPU the dtype that their kernel takes: fp32.
+
+    vLLM 0.32 converts biases for its BF16 kernels but not for this one, which then fails in the
+    first forward ("expected scalar type Float but found BFloat16"). To call after every load.
+    """
+    for module in model.modules():
+        if not isinstance(module, LinearBase) or module.bias is None or not _is_fp8(module):
+            continue
+        if _kernel(module) == CPU_FP8_KERNEL:
+            module.bias.data = module.bias.data.float()
+
+
 def _parts(model: nn.Module, prefix: str, module: LinearBase) -> list[Part]:
     """Split a (fused) linear into the Hugging Face linears that it is made of."""
     parent, _, leaf = prefix.rpartition(".")
@@ -145,8 +157,6 @@ def _parts(model: nn.Module, prefix: str, module: LinearBase) -> list[Part]:
 
 
 def _linear_tensors(model: nn.Module, prefix: str, module: LinearBase) -> Iterator[EngineTensor]:
-    if module.bias is not None:
-        raise ManifestError(f"{prefix} has a bias, which this version cannot update")
     width_in = module.input_size_per_partition
     for part in _parts(model, prefix, module):
         rows = part.stop - part.start
@@ -156,10 +166,17 @@ def _linear_tensors(model: nn.Module, prefix: str, module: LinearBase) -> Iterat
             yield EngineTensor(f"{part.prefix}.weight_scale_inv", torch.float32, blocks)
         else:
             yield EngineTensor(f"{part.prefix}.weight", torch.bfloat16, (rows, width_in))
+        if module.bias is not None:
+            yield EngineTensor(f"{part.prefix}.bias", torch.bfloat16, (rows,))
 
 
 def _is_fp8(module: LinearBase) -> bool:
     return isinstance(module.quant_method, Fp8LinearMethod)
+
+
+def _kernel(module: LinearBase) -> str:
+    """The class of an FP8 linear's kernel."""
+    return type(module.quant_method.fp8_linear).__name__
 
 
 def _comparisons(
@@ -167,19 +184,15 @@ def _comparisons(
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Yield (name, what the engine holds, what it should hold), both in the kernel's layout."""
     for prefix, module in model.named_modules():
-        if isinstance(module, LinearBase) and _is_fp8(module):
-            yield from _compare_fp8(_parts(model, prefix, module), prefix, module, sent)
-        elif isinstance(module, LinearBase):
-            held = _probe(module, module.input_size_per_partition)
-            for part in _parts(model, prefix, module):
-                name = f"{part.prefix}.weight"
-                yield name, held[part.start : part.stop], sent[name]
+        if isinstance(module, LinearBase):
+            parts = _parts(model, prefix, module)
+            compare = _compare_fp8 if _is_fp8(module) else _compare_bf16
+            yield from compare(parts, prefix, module, sent)
+            if module.bias is not None:
+                yield from _compare_biases(parts, module, sent)
         elif isinstance(module, VocabParallelEmbedding):
             yield from _compare_vocabulary(prefix, module, sent)
-        elif isinstance(module, Attention):
-            if has_fp8_cache(module):
-                yield from _compare_scales(prefix, module, sent)
-        else:
+        elif not isinstance(module, Attention):
             for leaf, parameter in module.named_parameters(recurse=False):
                 yield f"{prefix}.{leaf}", parameter.data.cpu(), sent[f"{prefix}.{leaf}"]
 
@@ -198,14 +211,34 @@ def _compare_fp8(
         yield scale, held_scales[first:last], sent[scale]
 
 
+def _compare_bf16(
+    parts: list[Part], prefix: str, module: LinearBase, sent: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    held = _probe(module, module.input_size_per_partition)
+    for part in parts:
+        name = f"{part.prefix}.weight"
+        yield name, held[part.start : part.stop], sent[name]
+
+
+def _compare_biases(
+    parts: list[Part], module: LinearBase, sent: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """The bias as it lies, and what the kernel adds to an output of zero."""
+    zeros = torch.zeros(1, module.input_size_per_partition, dtype=torch.bfloat16)
+    added = module.quant_method.apply(module, zeros, module.bias)[0]
+    held = torch.stack([module.bias.data.float(), added.float()])
+    for part in parts:
+        name = f"{part.prefix}.bias"
+        yield name, held[:, part.start : part.stop], sent[name].float().expand(2, -1)
+
+
 def _weight_packer(prefix: str, module: LinearBase) -> Callable[[torch.Tensor], torch.Tensor]:
     """The operator by which this module's kernel re-laid its weight out after loading."""
-    kernel = type(module.quant_method.fp8_linear).__name__
-    if kernel == "CPUFp8BlockScaledMMKernel":
+    if _kernel(module) == CPU_FP8_KERNEL:
         return torch.ops._C.convert_weight_packed
     raise ReadBackError(
-        f"{prefix} runs on kernel {kernel}, whose weight layout fp8rl cannot read back yet; "
-        "known: CPUFp8BlockScaledMMKernel"
+        f"{prefix} runs on kernel {_kernel(module)}, whose weight layout fp8rl cannot read back "
+        f"yet; known: {CPU_FP8_KERNEL}"
     )
 
 
@@ -230,15 +263,3 @@ def _probe(module: nn.Module, width_in: int) -> torch.Tensor:
     identity = torch.eye(width_in, dtype=torch.bfloat16)
     columns = [kernel(rows, module.weight, None) for rows in torch.split(identity, PROBE_ROWS)]
     return torch.cat(columns).t()
-
-
-def _compare_scales(
-    prefix: str, layer: Attention, sent: Mapping[str, torch.Tensor]
-) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """The device scale, its float mirror (read by the CPU kernel) and its CPU copy, for q, k, v."""
-    for x in ("q", "k", "v"):
-        held = [float(getattr(layer, f"_{x}_scale")), getattr(layer, f"_{x}_scale_float")]
-        if x != "q":  # vLLM keeps no CPU copy of q's
-            held.append(float(getattr(layer, f"_{x}_scale_cpu")))
-        name = f"{prefix}.{x}_scale"
-        yield name, torch.tensor(held), sent[name].expand(len(held))

@@ -9,6 +9,10 @@ class ManifestError(ValueError):
     """A manifest is malformed, or does not fit the engine's model or its last version."""
 
 
+class UnsupportedAttentionError(ValueError):
+    """The engine's attention cannot be given KV scales for certain, as it was started."""
+
+
 class SourceError(ValueError):
     """A weight source does not yield what the plan or its own metadata announced."""
 

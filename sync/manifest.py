@@ -3,7 +3,7 @@
 A manifest names the version and every tensor (dtype, shape, place in the segment, digest), the
 KV-cache scales among them, and says on which version those were measured. It is JSON, and it is
 treated as hostile: names, sizes and offsets are checked before anything is read. What an engine
-takes is asked of the engine itself (``engine_state.py``).
+takes is asked of the engine itself (``engine_state.py``), and held against it in ``admission.py``.
 
 Left out until deltas exist: ``base_version`` other than None.
 """
@@ -18,6 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 from pydantic import model_validator as check
 
+from fp8rl.quant import QKV
 from fp8rl.sync.errors import ManifestError
 
 ALIGNMENT = 64  # bytes; every tensor starts on a cache line, so that any dtype can view it
@@ -29,6 +30,7 @@ DTYPES: dict[DtypeName, torch.dtype] = {
     "float32": torch.float32,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_SCALE_SUFFIXES = tuple(f".{x}_scale" for x in QKV)
 
 
 class TensorRecord(BaseModel):
@@ -67,7 +69,11 @@ class KVProvenance(BaseModel):
 
 
 class Manifest(BaseModel):
-    """One update: its version, and its tensors in the order in which they are loaded."""
+    """One update: its version, and its tensors in the order in which they are loaded.
+
+    kv_scales: where the scales among its tensors come from; "follow" where they are still to be
+    measured, on these weights; None for an engine whose cache takes none.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -75,7 +81,7 @@ class Manifest(BaseModel):
     version: NonNegativeInt
     base_version: None = None
     tensors: tuple[TensorRecord, ...] = Field(min_length=1)
-    kv_scales: KVProvenance | None = None
+    kv_scales: KVProvenance | Literal["follow"] | None = None
 
     @check(mode="after")
     def _tensors_are_distinct(self) -> Self:
@@ -106,6 +112,11 @@ def parse_manifest(raw: Any) -> Manifest:
         raise ManifestError(
             f"manifest refused at {where}: {first['msg']} ({error.error_count()} problem(s) in all)"
         ) from error
+
+
+def is_kv_scale(name: str) -> bool:
+    """Whether a tensor's name is that of a KV-cache scale."""
+    return name.endswith(_SCALE_SUFFIXES)
 
 
 def digest(tensor: torch.Tensor) -> str:

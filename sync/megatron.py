@@ -4,14 +4,14 @@ One table says, for each Megatron parameter, which Hugging Face tensors it holds
 over tensor-parallel ranks. Two layouts are not what they look like:
 
     linear_qkv  rows are grouped: for each kv head its query heads, then k, then v
-                [kv, q_per_kv + 2, head_dim, hidden]; ranks hold runs of groups
+                [kv, q_per_kv + 2, head_dim, hidden]; ranks hold runs of groups; its bias likewise
     linear_fc1  each rank holds [its gate rows; its up rows], so joining ranks by rows would
                 interleave gate and up
 
 Pipeline stages number layers from 0 each; here every layer has its global number. Every rank of
 the trainer iterates in lockstep and gets every tensor whole; a single process gets views wherever
 the layouts agree. Bytes travel as uint8, so every dtype goes over Gloo unchanged. Left out: MoE,
-biases, tied embeddings, interleaved pipelines, and the way back from Hugging Face.
+other biases, tied embeddings, interleaved pipelines, and the way back from Hugging Face.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from fp8rl.sync.source import TensorMeta
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer import TransformerConfig
 
 Dims = Mapping[str, int]
 Join = Callable[[list[Tensor], Dims], tuple[Tensor, ...]]
@@ -60,9 +61,10 @@ def _gate_up(shards: list[Tensor], dims: Dims) -> tuple[Tensor, ...]:
 def _grouped_qkv(shards: list[Tensor], dims: Dims) -> tuple[Tensor, ...]:
     """Ranks hold runs of groups: the query heads of a kv head, then k, then v."""
     groups, per_group = dims["kv"] // dims["head"], dims["q"] // dims["kv"]
-    grouped = _cat(shards, 0).view(groups, per_group + 2, dims["head"], dims["hidden"])
+    joined = _cat(shards, 0)
+    grouped = joined.view(groups, per_group + 2, dims["head"], *joined.shape[1:])
     parts = torch.split(grouped, [per_group, 1, 1], dim=1)
-    return tuple(part.reshape(-1, dims["hidden"]) for part in parts)
+    return tuple(part.flatten(0, 2) for part in parts)
 
 
 def _cat(shards: list[Tensor], dim: int) -> Tensor:
@@ -71,11 +73,15 @@ def _cat(shards: list[Tensor], dim: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Rule:
-    """One Megatron parameter: the Hugging Face tensors in it (name -> shape) and how it is cut."""
+    """One Megatron parameter: the Hugging Face tensors in it (name -> shape) and how it is cut.
+
+    when: the flag of the model's config without which there is no such parameter.
+    """
 
     megatron: str
     join: Join
     hf: Mapping[str, tuple[str, ...]]
+    when: str | None = None
 
 
 _HF, _MC = "model.layers.{layer}.", "decoder.layers.{layer}."
@@ -97,6 +103,16 @@ LAYER = (
         },
     ),
     Rule(
+        _MC + "self_attention.linear_qkv.bias",
+        _grouped_qkv,
+        {
+            _HF + "self_attn.q_proj.bias": ("q",),
+            _HF + "self_attn.k_proj.bias": ("kv",),
+            _HF + "self_attn.v_proj.bias": ("kv",),
+        },
+        when="add_qkv_bias",
+    ),
+    Rule(
         _MC + "self_attention.linear_proj.weight",
         _columns,
         {_HF + "self_attn.o_proj.weight": ("hidden", "q")},
@@ -105,11 +121,13 @@ LAYER = (
         _MC + "self_attention.q_layernorm.weight",
         _same,
         {_HF + "self_attn.q_norm.weight": ("head",)},
+        when="qk_layernorm",
     ),
     Rule(
         _MC + "self_attention.k_layernorm.weight",
         _same,
         {_HF + "self_attn.k_norm.weight": ("head",)},
+        when="qk_layernorm",
     ),
     Rule(
         _MC + "mlp.linear_fc1.weight",
@@ -171,13 +189,13 @@ class MegatronSource:
             "kv": config.num_query_groups * config.kv_channels,
             "ffn": config.ffn_hidden_size,
         }
-        self._rules = list(_expand(config.num_layers))
+        self._rules = list(_expand(config))
         self._parameters = global_parameters(model)
         self._check_known()
         self._stage_of = self._find_stages()
 
     def metadata(self) -> list[TensorMeta]:
-        """Name, dtype and whole shape of every tensor, in Hugging Face order; moves nothing."""
+        """Name, dtype and whole shape of every tensor, in order of Megatron's; moves nothing."""
         return [
             TensorMeta(name, self._dtype, tuple(self._dims[d] for d in shape))
             for rule in self._rules
@@ -196,7 +214,7 @@ class MegatronSource:
         """
         owners = {id(p): m for m in self._model.modules() for p in m.parameters(recurse=False)}
         ranks = self._tp.size()
-        local = {"head": self._dims["head"], "hidden": 1}
+        local = {"head": self._dims["head"]}
         local |= {name: self._dims[name] // ranks for name in ("q", "kv")}
         found = []
         for rule in self._rules:
@@ -241,7 +259,8 @@ class MegatronSource:
             if name not in known:
                 raise SourceError(
                     f"parameter {name!r} {list(parameter.shape)} has no Hugging Face name here; "
-                    "this source knows dense Qwen3-shaped models (no biases, untied head)"
+                    "this source knows dense models shaped like Qwen3 or Qwen2 (no biases but on "
+                    "q, k, v; untied head)"
                 )
             if parameter.dtype != self._dtype:
                 raise SourceError(
@@ -265,10 +284,12 @@ class MegatronSource:
         return {rule.megatron: stage for rule, stage in zip(self._rules, stages, strict=True)}
 
 
-def _expand(layers: int) -> Iterator[Rule]:
+def _expand(config: TransformerConfig) -> Iterator[Rule]:
+    """The rules of a model: those of its layers once for each layer, by global number."""
+    present = [rule for rule in LAYER if rule.when is None or getattr(config, rule.when)]
     yield from HEAD
-    for layer in range(layers):
-        for rule in LAYER:
+    for layer in range(config.num_layers):
+        for rule in present:
             hf = {name.format(layer=layer): shape for name, shape in rule.hf.items()}
             yield Rule(rule.megatron.format(layer=layer), rule.join, hf)
     yield from TAIL

@@ -3,8 +3,9 @@
 One weight goes one way: source (Hugging Face name) -> plan -> blockwise FP8, written straight into
 the segment, with its digest -> the engine's receiver. Only when every tensor lies in the segment
 does the engine hear of the update, so a NaN in a weight or a source that breaks leaves the engine
-as it was. The control calls are the four of vLLM's ``VLLMWeightSyncClient``; any object that has
-them can be the client.
+as it was. KV scales go with the weights, or follow them: measured in the engine on the weights just
+applied, they are sent in the same update. The control calls are the four of vLLM's
+``VLLMWeightSyncClient``; any object that has them can be the client.
 
 Where the trainer is sharded, every rank calls ``publish`` (iterating the source is a collective)
 and only the rank that holds a client writes and sends.
@@ -13,25 +14,14 @@ and only the rank that holds a client writes and sends.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
-import torch
-
-from fp8rl.quant import (
-    QKV,
-    EngineTensor,
-    FP32Source,
-    KVScales,
-    NonFiniteWeightError,
-    QuantizedTensor,
-    QuantPlan,
-    kv_scale_name,
-    quantize_blockwise,
-)
+from fp8rl.quant import FP32Source, KVScaleError, KVScales, QuantPlan
 from fp8rl.sync.errors import SourceError
-from fp8rl.sync.manifest import DTYPE_NAMES, KVProvenance, Manifest, TensorRecord, align, digest
-from fp8rl.sync.segment import Segment
+from fp8rl.sync.manifest import KVProvenance, Manifest
+from fp8rl.sync.segment_writer import Records, SegmentWriter, refuse_missing
 from fp8rl.sync.source import WeightSource
 
 
@@ -62,16 +52,8 @@ class SyncReport:
     bf16_nbytes: int  # bytes that the same weights take in BF16
     quantize_seconds: float  # gather, quantize and write into the segment
     engine_seconds: float  # the engine's transaction: copy, load, read back, commit
-
-
-@dataclass(frozen=True)
-class _Slot:
-    """Where one engine tensor lies in the segment."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
+    kv_seconds: float = 0.0  # measuring KV scales in the midst of it, where they follow
+    kv_scales: KVScales | None = None  # those published
 
 
 class Publisher:
@@ -94,21 +76,12 @@ class Publisher:
             fp32_as: what fp32 weights of the source stand for, as in `quantize_blockwise`; they
                 are refused without it.
         """
-        self._plan = plan
         self._client = client
-        self._fp32_as = fp32_as
-        self._segment: Segment | None = None
-        self._slots: dict[str, _Slot] = {}
-        end = 0
-        scale_names = [kv_scale_name(i, x) for i in range(kv_layers) for x in QKV]
-        scales = [EngineTensor(name, torch.float32, (1,)) for name in scale_names]
-        for name, dtype, shape in plan.engine_tensors() + scales:
-            nbytes = torch.Size(shape).numel() * dtype.itemsize
-            self._slots[name] = _Slot(dtype, shape, end, nbytes)
-            end = align(end + nbytes)
+        self._writer: SegmentWriter | None = None
         if client is not None:
-            self._segment = Segment.create(end)
-            client.init_weight_transfer_engine({"path": self._segment.path, "nbytes": end})
+            self._writer = SegmentWriter(plan, kv_layers, fp32_as)
+            segment = self._writer.segment
+            client.init_weight_transfer_engine({"path": segment.path, "nbytes": segment.nbytes})
 
     def __enter__(self) -> Publisher:
         """Return self."""
@@ -120,109 +93,120 @@ class Publisher:
 
     def close(self) -> None:
         """Give the shared memory back."""
-        if self._segment is not None:
-            self._segment.close()
-            self._segment = None
+        if self._writer is not None:
+            self._writer.segment.close()
 
     def publish(
-        self, source: WeightSource, *, version: int, kv_scales: KVScales | None
+        self,
+        source: WeightSource,
+        *,
+        version: int,
+        kv_scales: KVScales | Callable[[], KVScales] | None,
     ) -> SyncReport | None:
         """Send one version; returns when the engine has proven and committed it.
 
         Args:
             source: the weights of this version; iterated once, in lockstep over trainer ranks.
             version: higher than any committed before.
-            kv_scales: measured on this version; None for an engine with a BF16 cache.
+            kv_scales: measured on this version; None for an engine with a BF16 cache. A callable is
+                called on the rank with the client, once the engine has applied and proven the
+                weights and before it commits them: it measures through the engine.
 
         Returns:
             Figures of the update, or None on a rank without a client.
 
         Raises:
             NonFiniteWeightError: a weight holds NaN or Inf; the engine was not touched.
-            SourceError: the source lacks, repeats or misshapes a tensor; the engine was not
-                touched.
-            EngineError and others: whatever the client raises; the engine then serves nothing until
-                the next good publish.
+            SourceError: the source lacks, repeats or misshapes a tensor, KV scales among them.
+            KVScaleError: the scales were measured on another version.
+            EngineError and others: whatever the client or the callable raises; the engine then
+                serves nothing until the next good publish.
+
+        Whatever is found wrong before the engine hears of the update leaves it as it was.
         """
         began = time.perf_counter()
-        records: dict[str, TensorRecord] = {}
+        records: Records = {}
         bf16_nbytes = 0
         for name, tensor in source:
-            if self._segment is not None:
+            if self._writer is not None:
                 bf16_nbytes += 2 * tensor.numel()
-                self._write(name, tensor, records)
-        if self._client is None:
+                self._writer.write_weight(name, tensor, records)
+        if self._client is None or self._writer is None:
             return None
-        provenance = None
-        if kv_scales is not None:
-            for name, tensor in kv_scales.tensors().items():
-                self._put(name, tensor, records)
-            provenance = KVProvenance(
-                version=kv_scales.version, observer=kv_scales.observer, tokens=kv_scales.tokens
-            )
-        missing = [name for name in self._slots if name not in records]
-        if missing:
-            raise SourceError(f"version {version} lacks {len(missing)} tensors: {missing[:5]}")
-        manifest = Manifest(version=version, tensors=tuple(records.values()), kv_scales=provenance)
+        refuse_missing(version, self._writer.weights, records)
+        if not callable(kv_scales):
+            _write_scales(self._writer, kv_scales, version, records)
+        elif not self._writer.scales:
+            raise SourceError(f"version {version}: KV scales of no layer; was kv_layers set?")
         written = time.perf_counter()
-        self._client.start_weight_update()
-        self._client.update_weights({"manifest": manifest.model_dump(mode="json")})
-        self._client.finish_weight_update(str(version))
-        nbytes = sum(record.nbytes for record in records.values())
-        ended = time.perf_counter()
+        published, kv_seconds = _transact(self._client, self._writer, version, kv_scales, records)
+        engine_seconds = time.perf_counter() - written - kv_seconds
         return SyncReport(
-            version, len(records), nbytes, bf16_nbytes, written - began, ended - written
+            version=version,
+            tensors=len(records),
+            nbytes=sum(record.nbytes for record in records.values()),
+            bf16_nbytes=bf16_nbytes,
+            quantize_seconds=written - began,
+            engine_seconds=engine_seconds,
+            kv_seconds=kv_seconds,
+            kv_scales=published,
         )
 
-    def _write(self, name: str, tensor: torch.Tensor, records: dict[str, TensorRecord]) -> None:
-        """Quantize or keep one Hugging Face tensor, and write it with its digest."""
-        if self._plan.is_quantized(name):
-            self._slot(name, tensor, records)
-            quantized = quantize_blockwise(
-                tensor,
-                name=name,
-                fp32_as=self._fp32_as,
-                out=self._place(name) if tensor.device.type == "cpu" else None,
+
+def _transact(
+    client: SyncClient,
+    writer: SegmentWriter,
+    version: int,
+    kv_scales: KVScales | Callable[[], KVScales] | None,
+    records: Records,
+) -> tuple[KVScales | None, float]:
+    """Carry out the update; returns the scales that went with it and the seconds to measure them.
+
+    ``records`` are the tensors of the first manifest; those of a second one are added to them.
+    """
+    seconds = 0.0
+    client.start_weight_update()
+    if callable(kv_scales):
+        _send(client, version, records, "follow")
+        began = time.perf_counter()
+        kv_scales = kv_scales()
+        seconds = time.perf_counter() - began
+        scales: Records = {}
+        _write_scales(writer, kv_scales, version, scales)
+        _send(client, version, scales, _provenance(kv_scales))
+        records |= scales
+    else:
+        _send(client, version, records, _provenance(kv_scales))
+    client.finish_weight_update(str(version))
+    return kv_scales, seconds
+
+
+def _write_scales(
+    writer: SegmentWriter, scales: KVScales | None, version: int, records: Records
+) -> None:
+    """Write the scales of every layer; refused where one is missing or of another version."""
+    if scales is not None:
+        if scales.version != version:
+            raise KVScaleError(
+                f"version {version} is published with KV scales that were measured on version "
+                f"{scales.version}; measure them on the weights that are sent"
             )
-            self._put(name, quantized.data, records)
-            self._put(f"{name}_scale_inv", quantized.scale_inv, records)
-            return
-        bad = ~torch.isfinite(tensor)
-        if bool(bad.any()):
-            first = tuple(bad.nonzero()[0].tolist())
-            raise NonFiniteWeightError(name, int(bad.sum()), first, float(tensor[first]))
-        self._put(name, tensor.to(self._plan.entry(name).dtype), records)
+        writer.write_scales(scales, records)
+    refuse_missing(version, writer.scales, records)
 
-    def _place(self, name: str) -> QuantizedTensor:
-        """The place of a quantized weight in the segment, as a tensor to write."""
-        data, scale_inv = (self._view(self._slots[n]) for n in (name, f"{name}_scale_inv"))
-        return QuantizedTensor(data, scale_inv, (128, 128), "pow2")
 
-    def _view(self, slot: _Slot) -> torch.Tensor:
-        assert self._segment is not None
-        return self._segment.view(slot.offset, slot.nbytes).view(slot.dtype).view(slot.shape)
+def _provenance(scales: KVScales | None) -> KVProvenance | None:
+    if scales is None:
+        return None
+    return KVProvenance(version=scales.version, observer=scales.observer, tokens=scales.tokens)
 
-    def _put(self, name: str, tensor: torch.Tensor, records: dict[str, TensorRecord]) -> None:
-        slot = self._slot(name, tensor, records)
-        view = self._view(slot)
-        if tensor.data_ptr() != view.data_ptr():  # not written in place
-            view.copy_(tensor.detach())
-        records[name] = TensorRecord(
-            name=name,
-            dtype=DTYPE_NAMES[slot.dtype],
-            shape=slot.shape,
-            offset=slot.offset,
-            nbytes=slot.nbytes,
-            digest=digest(view),
-        )
 
-    def _slot(self, name: str, tensor: torch.Tensor, records: dict[str, TensorRecord]) -> _Slot:
-        """Where a tensor goes; refused where it does not fit there."""
-        slot = self._slots.get(name)
-        if slot is None:
-            raise SourceError(f"{name} has no place in the segment; was kv_layers set?")
-        if name in records:
-            raise SourceError(f"the source yielded {name} twice")
-        if tuple(tensor.shape) != slot.shape:
-            raise SourceError(f"{name}: shape {list(tensor.shape)}, planned {list(slot.shape)}")
-        return slot
+def _send(
+    client: SyncClient,
+    version: int,
+    records: Records,
+    kv_scales: KVProvenance | Literal["follow"] | None,
+) -> None:
+    """Have the engine apply and prove one manifest."""
+    manifest = Manifest(version=version, tensors=tuple(records.values()), kv_scales=kv_scales)
+    client.update_weights({"manifest": manifest.model_dump(mode="json")})

@@ -2,22 +2,24 @@
 
 One update is one transaction, run inside each vLLM worker:
 
-    manifest -> fits this model? newer? scales of this version? -> copy each tensor, check its
-    digest -> load through vLLM's layerwise reload -> read the engine back, compare -> commit
+    manifest -> may it come in? (``admission.py``) -> copy each tensor, check its digest -> load the
+    weights through vLLM's layerwise reload, write the KV scales -> read all back, compare -> commit
 
-Everything up to the load is checked before the first byte is applied. Every tensor is owned here
-(vLLM keeps references until a layer is complete; the segment is the trainer's). A failure at any
-point raises with the tensor's name, and ``failure`` says why until a good update lands; whoever
-drives the engine serves nothing while it is set. Prefix-cache reset needs the scheduler and is done
-by the engine process after the commit.
+The scales may come in a second manifest of the same update, measured in between on the very weights
+just applied; until they come the model computes with the scales committed last. Everything up to
+the load is checked before the first byte is applied. Every tensor is owned here (vLLM keeps
+references until a layer is complete; the segment is the trainer's). A failure at any point raises
+with the tensor's name, and ``failure`` says why until a good update lands; whoever drives the
+engine serves nothing while it is set. Prefix-cache reset needs the scheduler and is done by the
+engine process after the commit.
 
 Left out: tensor-parallel engines, several segments, deltas.
 """
 
 from __future__ import annotations
 
-import itertools
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,14 +36,21 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
-from fp8rl.quant import KVScaleError
-from fp8rl.sync.engine_state import abandon_reload, differences, expected_tensors
-from fp8rl.sync.errors import CorruptTensorError, ManifestError, ReadBackError, SegmentError
-from fp8rl.sync.manifest import DTYPES, Manifest, TensorRecord, digest, parse_manifest
+from fp8rl.quant import KVObserver, KVScaleError
+from fp8rl.sync.admission import admit_scales, admit_weights, copy_verified, shown
+from fp8rl.sync.engine_scales import (
+    held_scales,
+    read_scales,
+    refuse_unsupported,
+    scale_differences,
+    write_scales,
+)
+from fp8rl.sync.engine_state import abandon_reload, differences, expected_tensors, fit_biases
+from fp8rl.sync.errors import ManifestError, ReadBackError, SegmentError
+from fp8rl.sync.manifest import Manifest, is_kv_scale, parse_manifest
 from fp8rl.sync.segment import Segment
 
-FAILURES_SHOWN = 5
-SCALE_SUFFIXES = (".q_scale", ".k_scale", ".v_scale")
+Tensors = dict[str, torch.Tensor]
 
 
 @dataclass
@@ -54,7 +63,7 @@ class ShmInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class ShmUpdateInfo(WeightTransferUpdateInfo):
-    """One update: its manifest, as JSON values."""
+    """One manifest of an update, as JSON values."""
 
     manifest: dict[str, Any]
 
@@ -67,6 +76,23 @@ class UpdateReport:
     tensors_proven: int
     kv_scales_proven: int
     seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class _Update:
+    """An update whose weights are applied and proven; ``scales`` is None until they are too."""
+
+    version: int
+    weights: int
+    scales: Tensors | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    clock: float = field(default_factory=time.perf_counter)
+
+    def lap(self, name: str) -> None:
+        """Book the time since the last lap."""
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.clock
+        self.clock = now
 
 
 class ShmReceiver(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
@@ -87,12 +113,24 @@ class ShmReceiver(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         ranks = vllm_config.parallel_config.world_size
         if ranks != 1:
             raise ManifestError(f"fp8rl_shm serves engines of one worker; this one has {ranks}")
+        refuse_unsupported(model, vllm_config.compilation_config)
         self.expected = {tensor.name: tensor for tensor in expected_tensors(model)}
         self.version: int | None = None
-        self.failure: str | None = "no weights have been published yet"
         self.report: UpdateReport | None = None
+        self._failure: str | None = "no weights have been published yet"
+        self._sleep_level: int | None = None
         self._segment: Segment | None = None
-        self._applied: UpdateReport | None = None
+        self._update: _Update | None = None
+        self._committed: Tensors = {}  # the KV scales
+        self._observer: KVObserver | None = None
+        self._watch = ExitStack()
+
+    @property
+    def failure(self) -> str | None:
+        """Why nothing may be served; None where all is well."""
+        if self._sleep_level is not None:
+            return f"the engine sleeps (level {self._sleep_level}); wake it up"
+        return self._failure
 
     def init_transfer_engine(self, init_info: ShmInitInfo) -> None:
         """Attach the trainer's segment; a new trainer may attach in place of an old one."""
@@ -101,30 +139,43 @@ class ShmReceiver(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
 
     def start_weight_update(self) -> None:
         """Begin: from here on nothing is served until ``finish_weight_update``."""
-        self.failure = "an update has begun and was not finished"
-        self._applied = None
+        self._failure = "an update has begun and was not finished"
+        self._drop_update()
 
     def receive_weights(self, update_info: ShmUpdateInfo) -> None:
-        """Validate, copy, load and prove one update.
+        """Validate, copy, apply and prove one manifest.
 
         Raises:
-            ManifestError, KVScaleError: it does not fit; nothing was applied.
-            CorruptTensorError: bytes differ from their digest, NaN or Inf; nothing was applied.
+            ManifestError, KVScaleError: it does not fit; nothing of it was applied.
+            CorruptTensorError: bytes differ from their digest, NaN or Inf; likewise.
             ReadBackError: the engine does not hold what was sent.
         """
         try:
-            self._applied = self._apply(update_info.manifest)
+            self._update = self._apply(parse_manifest(update_info.manifest))
         except BaseException as error:
-            self.failure = f"{type(error).__name__}: {error}"
+            self._drop_update()
+            self._failure = f"{type(error).__name__}: {error}"
             raise
 
     def finish_weight_update(self) -> None:
-        """Commit the version that was applied and proven."""
-        if self._applied is None:
+        """Commit the version that was applied and proven.
+
+        Raises ManifestError where no weights were applied, KVScaleError where scales are missing.
+        """
+        update = self._update
+        if update is None:
             raise ManifestError("finish_weight_update came before a complete update")
-        self.report, self._applied = self._applied, None
-        self.version = self.report.version
-        self.failure = None
+        if update.scales is None:
+            missing = [name for name in self.expected if is_kv_scale(name)]
+            raise KVScaleError(
+                f"version {update.version}: its KV scales were to follow and never came: "
+                f"{shown(missing)}"
+            )
+        proven = update.weights + len(update.scales)
+        self.report = UpdateReport(update.version, proven, len(update.scales), update.seconds)
+        self.version, self._committed = update.version, update.scales
+        self._drop_update()
+        self._failure = None
 
     def shutdown(self) -> None:
         """Let go of the segment; the weights stay."""
@@ -132,86 +183,143 @@ class ShmReceiver(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
             self._segment.close()
             self._segment = None
 
-    def _apply(self, raw: dict[str, Any]) -> UpdateReport:
-        clock = [time.perf_counter()]
-        manifest = parse_manifest(raw)
-        self._validate(manifest)
-        tensors = self._copy_verified(manifest)
-        clock.append(time.perf_counter())
-        self._load(tensors)
-        clock.append(time.perf_counter())
-        problems = differences(self.model, tensors)
-        if problems:
-            shown = "; ".join(problems[:FAILURES_SHOWN])
-            raise ReadBackError(f"{len(problems)} difference(s) after the update: {shown}")
-        clock.append(time.perf_counter())
-        names = ("copy", "load", "read_back")
-        spent = [after - before for before, after in itertools.pairwise(clock)]
-        seconds = dict(zip(names, spent, strict=True))
-        scales = sum(name.endswith(SCALE_SUFFIXES) for name in tensors)
-        return UpdateReport(manifest.version, len(tensors), scales, seconds)
+    def kv_state(self) -> dict[str, dict[str, list[float]]]:
+        """The KV scales that the live model holds: layer -> q, k or v -> its copies.
 
-    def _validate(self, manifest: Manifest) -> None:
-        """Compare the manifest with this engine's model and version, before anything is read."""
-        if self.version is not None and manifest.version <= self.version:
+        The copies are the device scale, the float mirror and, for k and v, the CPU copy.
+        """
+        return read_scales(self.model)
+
+    def scale_problems(self) -> list[str]:
+        """Compare the live model's KV scales with those committed; one line for each that differs.
+
+        Empty where all is well, or nothing was committed yet.
+        """
+        return scale_differences(self.model, self._committed) if self._committed else []
+
+    def start_observation(self, in_use: bool, histogram: bool) -> None:
+        """Have every forward of the model feed an observer, until ``end_observation``.
+
+        Args:
+            in_use: count saturation and underflow against the scales that the model holds now:
+                those committed last, 1.0 before the first.
+            histogram: keep what percentiles need.
+
+        Raises ManifestError unless an update is under way whose weights are applied.
+        """
+        from fp8rl.sync.qkv_engine import EngineQKV
+
+        if self._update is None:
             raise ManifestError(
-                f"version {manifest.version} is not newer than {self.version}, which the engine "
-                "holds; publish a higher version"
+                "KV scales are observed on weights that an update has just applied; begin an "
+                "update and send its weights first"
             )
-        sent = {record.name: record for record in manifest.tensors}
-        missing = [name for name in self.expected if name not in sent]
-        extra = [name for name in sent if name not in self.expected]
-        wrong = [
-            f"{name}: sent {record.dtype} {list(record.shape)}, "
-            f"engine takes {self.expected[name].dtype} {list(self.expected[name].shape)}"
-            for name, record in sent.items()
-            if name in self.expected and not self._fits(record)
-        ]
-        for what, names in (("missing", missing), ("not of this model", extra), ("unfit", wrong)):
-            if names:
-                shown = "; ".join(names[:FAILURES_SHOWN])
-                raise ManifestError(f"version {manifest.version}: {len(names)} {what}: {shown}")
-        self._validate_scales(manifest)
+        self._watch.close()
+        source = EngineQKV(self.model, self.vllm_config)
+        held = held_scales(self.model, self.version or 0) if in_use else None
+        self._observer = KVObserver(source.shape, histogram=histogram, in_use=held)
+        self._watch.enter_context(source.watch(self._observer))
 
-    def _fits(self, record: TensorRecord) -> bool:
-        expected = self.expected[record.name]
-        return DTYPES[record.dtype] == expected.dtype and record.shape == expected.shape
+    def end_observation(self) -> dict[str, Any]:
+        """Stop observing; returns what was seen, as JSON of a ``KVObservation``."""
+        if self._observer is None:
+            raise ManifestError("end_observation came before start_observation")
+        self._watch.close()
+        observer, self._observer = self._observer, None
+        return observer.observation().to_json()
 
-    def _validate_scales(self, manifest: Manifest) -> None:
-        """Check the KV scales' provenance; that each layer has its own is checked by name."""
-        measured = manifest.kv_scales
-        if measured is None and any(name.endswith(SCALE_SUFFIXES) for name in self.expected):
-            raise KVScaleError(f"version {manifest.version}: its KV scales have no provenance")
-        if measured is not None and measured.version != manifest.version:
-            raise KVScaleError(
-                f"KV scales were measured on version {measured.version}, the weights are version "
-                f"{manifest.version}; measure them on the weights that are sent"
+    def slept(self, level: int) -> None:
+        """Say that the engine went to sleep; level 2 discards its weights.
+
+        An update that was under way is lost.
+        """
+        self._sleep_level = level
+        self._drop_update()
+        if level == 2:
+            self._committed = {}
+            self._failure = "the engine slept at level 2, which discarded its weights; publish"
+
+    def woke(self) -> None:
+        """Say that the engine is awake: write the committed KV scales again and prove them.
+
+        vLLM up to 0.28 sets them to 1.0 when the cache wakes. Raises ReadBackError.
+        """
+        self._sleep_level = None
+        if self._committed:
+            try:
+                self._set_scales(self._committed)
+            except ReadBackError as error:
+                self._failure = f"after waking up: {error}"
+                raise
+
+    def _drop_update(self) -> None:
+        """Forget the update that was under way, and stop observing for it."""
+        self._update = None
+        self._watch.close()
+        self._observer = None
+
+    def _apply(self, manifest: Manifest) -> _Update:
+        update = self._update
+        if update is None:
+            return self._apply_weights(manifest)
+        if update.scales is not None:
+            raise ManifestError(
+                f"version {update.version} is applied already; finish it before sending more"
             )
+        admit_scales(manifest, self.expected, awaited=update.version)
+        update.clock = time.perf_counter()
+        scales = self._read(manifest)
+        update.lap("copy")
+        self._set_scales(scales)
+        update.lap("kv_scales")
+        update.scales = scales
+        return update
 
-    def _copy_verified(self, manifest: Manifest) -> dict[str, torch.Tensor]:
-        """Copy every tensor out of the segment and check the copy's digest."""
+    def _apply_weights(self, manifest: Manifest) -> _Update:
+        admit_weights(manifest, self.expected, self.version)
+        update = _Update(manifest.version, weights=0)
+        tensors = self._read(manifest)
+        weights = {n: tensor for n, tensor in tensors.items() if not is_kv_scale(n)}
+        update.weights = len(weights)
+        update.lap("copy")
+        self._load(weights)
+        update.lap("load")
+        _raise_if_any(differences(self.model, weights))
+        update.lap("read_back")
+        if manifest.kv_scales == "follow":
+            self._set_scales(self._committed or self._ones())
+        else:
+            update.scales = {n: tensor for n, tensor in tensors.items() if is_kv_scale(n)}
+            self._set_scales(update.scales)
+        update.lap("kv_scales")
+        return update
+
+    def _ones(self) -> Tensors:
+        """Scales for measuring the first ones; nothing is ever served under them."""
+        return {name: torch.ones(1) for name in self.expected if is_kv_scale(name)}
+
+    def _set_scales(self, scales: Tensors) -> None:
+        write_scales(self.model, scales)
+        _raise_if_any(scale_differences(self.model, scales))
+
+    def _read(self, manifest: Manifest) -> Tensors:
         if self._segment is None:
             raise SegmentError("no segment is attached; init_weight_transfer_engine comes first")
-        tensors = {}
-        for record in manifest.tensors:
-            raw = self._segment.view(record.offset, record.nbytes).clone()
-            if digest(raw) != record.digest:
-                raise CorruptTensorError(
-                    f"{record.name}: the bytes received are not those sent (SHA-256 differs)"
-                )
-            tensor = raw.view(DTYPES[record.dtype]).reshape(record.shape)
-            if not torch.isfinite(tensor.float()).all():
-                raise CorruptTensorError(f"{record.name}: holds NaN or Inf")
-            if record.name.endswith(SCALE_SUFFIXES) and not bool(tensor > 0):
-                raise KVScaleError(f"{record.name}: is {float(tensor)}, must be above 0")
-            tensors[record.name] = tensor
-        return tensors
+        return copy_verified(manifest, self._segment)
 
-    def _load(self, tensors: dict[str, torch.Tensor]) -> None:
+    def _load(self, weights: Tensors) -> None:
         initialize_layerwise_reload(self.model)
         try:
-            self.model.load_weights(iter(tensors.items()))
+            self.model.load_weights(iter(weights.items()))
             finalize_layerwise_reload(self.model, self.model_config)
+            fit_biases(self.model)
         except BaseException:
             abandon_reload(self.model)
             raise
+
+
+def _raise_if_any(problems: list[str]) -> None:
+    if problems:
+        raise ReadBackError(
+            f"{len(problems)} difference(s) after the update: {shown(problems, '; ')}"
+        )

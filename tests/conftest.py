@@ -8,7 +8,11 @@ import pytest
 from jaxtyping import install_import_hook
 
 ROOT = Path(__file__).parents[1]
-PYDANTIC = {"config", "manifest"}  # records that check themselves, with `Self` in their methods
+PYDANTIC = {
+    "config",
+    "kv_rule",
+    "manifest",
+}  # records that check themselves, with `Self` in their methods
 COMPILED = {"compiled", "triton_kernel"}  # torch.compile or Triton would compile the checks too
 
 # Before any import of the rooms: every annotated call in them is checked by beartype.

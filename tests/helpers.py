@@ -14,11 +14,13 @@ LAYERS = 2
 EOS = 1
 
 
-def hf_config(vocab_size: int = 64, max_positions: int = 512) -> dict[str, Any]:
-    """config.json of a 2-layer Qwen3, 256 wide, 4 query and 2 key/value heads of 64."""
+def hf_config(
+    vocab_size: int = 64, max_positions: int = 512, family: str = "qwen3"
+) -> dict[str, Any]:
+    """config.json of a 2-layer Qwen3 or Qwen2, 256 wide, 4 query and 2 key/value heads of 64."""
     return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
+        "architectures": [f"{family.title()}ForCausalLM"],
+        "model_type": family,
         "vocab_size": vocab_size,
         "hidden_size": 256,
         "intermediate_size": 512,
@@ -36,20 +38,20 @@ def hf_config(vocab_size: int = 64, max_positions: int = 512) -> dict[str, Any]:
     }
 
 
-def weights(seed: int) -> dict[str, torch.Tensor]:
+def weights(seed: int, family: str = "qwen3") -> dict[str, torch.Tensor]:
     """Every tensor of the model, BF16; seeds give different policies."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for entry in QuantPlan.from_hf_config(hf_config()).entries:
+    for entry in QuantPlan.from_hf_config(hf_config(family=family)).entries:
         noise = torch.randn(entry.shape, generator=generator)
         value = 1 + 0.1 * noise if len(entry.shape) == 1 else 0.08 * noise
         tensors[entry.name] = value.to(torch.bfloat16)
     return tensors
 
 
-def source(seed: int) -> IterableSource:
+def source(seed: int, family: str = "qwen3") -> IterableSource:
     """The weights of ``seed`` as a source."""
-    return IterableSource(weights(seed))
+    return IterableSource(weights(seed, family))
 
 
 def scales(version: int, factor: float = 1.0) -> KVScales:
@@ -58,10 +60,12 @@ def scales(version: int, factor: float = 1.0) -> KVScales:
     return KVScales.from_amax(amax, version=version, tokens=100)
 
 
-def settings(precision: str = "fp8-kv", max_model_len: int = 512) -> EngineSettings:
+def settings(
+    precision: str = "fp8-kv", max_model_len: int = 512, family: str = "qwen3"
+) -> EngineSettings:
     """A small engine."""
     return EngineSettings(
-        hf_config=hf_config(),
+        hf_config=hf_config(family=family),
         precision=precision,  # type: ignore[arg-type]
         max_model_len=max_model_len,
         max_num_seqs=16,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from fp8rl.run_dir import RunDir
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -24,3 +27,58 @@ def test_a_trainer_of_ones_own_learns_from_fp8_rollouts(tmp_path: Path) -> None:
     rewards = [float(found) for found in re.findall(r"reward ([0-9.]+)", done.stdout)]
     assert len(rewards) == 12
     assert rewards[-1] > rewards[0] + 0.2
+
+
+STUDY = (
+    "--models=qwen2-outliers",
+    "--arms=ones",
+    "--arms=stale",
+    "--steps=3",
+    "--stale=2",
+    "--outlier=600",
+    "model.num_layers=1",
+    "task.min_digits=1",
+    "task.max_digits=2",
+    "task.heldout_prompts=8",
+    "warmup.steps=2",
+    "warmup.batch_size=32",
+    "trainer.learning_rate=0.001",
+    "rollout.prompts_per_step=8",
+    "rollout.samples_per_prompt=4",
+    "rollout.kv_cache_gib=0.02",
+    "kv_scales.scale_format=fp32",  # any change of a magnitude shows
+)
+
+
+def study(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The study of KV scales through its command line."""
+    command = [sys.executable, str(EXAMPLES / "kv_scales.py"), *STUDY, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_the_study_of_kv_scales_serves_the_scales_of_each_arm_and_keeps_what_has_ended(
+    tmp_path: Path,
+) -> None:
+    done = study("--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads((tmp_path / "result.json").read_text())["arms"]
+    assert [row["arm"] for row in rows] == ["ones", "stale-2"]
+    folders = [RunDir(tmp_path / row["model"] / row["arm"] / "seed-0") for row in rows]
+    ones, stale = (folder.metrics() for folder in folders)
+    scales = [key for key in ones[0] if key.startswith("kv_scale/")]
+    assert [{line[key] for key in scales} for line in ones] == 4 * [{1.0}]
+    assert 1.0 < stale[0]["kv_scale/0/k"] < 1.4, "outliers of 300 to 600 are 448 times that"
+    assert ones[0]["kv_saturation/0/k"] > 0.05 > stale[0]["kv_saturation/0/k"]
+    assert rows[0]["clipped"] >= ones[0]["kv_saturation/0/k"]
+    assert [line["kv/changed"] for line in stale[1:3]] == [0, 0], "versions 0 to 2 have that of 0"
+    assert stale[3]["kv/changed"] > 0, "version 3 has that of 1"
+
+    assert (tmp_path / "kv_scales.png").stat().st_size > 50_000
+    written = [folder.metrics_file.stat().st_mtime_ns for folder in folders]
+    again = study("--out", str(tmp_path))
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert [folder.metrics_file.stat().st_mtime_ns for folder in folders] == written
+    other = study("--out", str(tmp_path), "rollout.temperature=0.5")
+    assert other.returncode == 2
+    assert f"{folders[0].path}: is of another config" in other.stderr

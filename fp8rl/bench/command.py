@@ -1,10 +1,11 @@
-"""The command line of the benchmarks: `fp8rl bench quant`."""
+"""The command line of the benchmarks: `fp8rl bench quant`, `fp8rl bench kv-scales`."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,6 +26,16 @@ Examples:
 - `fp8rl bench quant --model none --rounds 30`: the 4096 x 4096 weight alone, to check the ratios
 
 - `fp8rl bench quant --device cuda`: the Triton kernel against the GPU's copy bandwidth
+"""
+
+KV_SCALES_EXAMPLES = """
+Examples:
+
+- `fp8rl bench kv-scales`: all shapes and both ways to measure, some five minutes on two cores
+
+- `fp8rl bench kv-scales --model none`: the share of the demo's step alone
+
+- `fp8rl bench kv-scales --model qwen3-8b --measured-by none`: the hook alone
 """
 
 
@@ -90,6 +101,71 @@ def quant(
         )
     result.write(folder)
     save_picture(result, folder / "quant.png")
+    if as_json:
+        typer.echo(json.dumps(asdict(result)))
+        return
+    print_result(result, Console())
+    typer.echo(str(folder))
+
+
+@app.command("kv-scales", epilog=KV_SCALES_EXAMPLES)
+def kv_scales(
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Where result.json, kv-scales.png and the runs go; runs/bench-kv-scales-DATE-TIME "
+            "unless given.",
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[
+        Literal["all", "demo", "qwen3-0.6b", "qwen3-8b", "none"],
+        typer.Option(help="Model shape whose forward is watched; a few layers of it."),
+    ] = "all",
+    measured_by: Annotated[
+        Literal["both", "trainer", "engine", "none"],
+        typer.Option(help="Who measures the scales in the steps; none leaves the steps out."),
+    ] = "both",
+    rounds: Annotated[
+        int, typer.Option(min=3, help="Turns of each way; ratios are taken within a round.")
+    ] = 15,
+    steps: Annotated[
+        int, typer.Option(min=3, help="Steps of the demo, for each who measures.")
+    ] = 8,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="End with the result as one JSON object on the last line."),
+    ] = False,
+) -> None:
+    """Time the recalibration of KV scales: the hook in a forward, and its share of a step.
+
+    Forwards alone and watched take turns in one process; the steps are those of the demo, with a
+    live engine. The last line printed is the folder with result.json and kv-scales.png.
+    """
+    from rich.console import Console
+
+    from fp8rl.bench.kv_scales import bench_kv_scales
+    from fp8rl.bench.kv_scales_forward import SHAPES
+    from fp8rl.bench.kv_scales_report import print_result, save_picture
+    from fp8rl.config import RunConfig, WarmupConfig
+
+    if (model, measured_by) == ("none", "none"):
+        typer.echo("fp8rl: --model none and --measured-by none leave nothing to measure", err=True)
+        raise typer.Exit(2)
+    folder = out or Path("runs") / f"bench-kv-scales-{datetime.now():%Y%m%d-%H%M%S}"
+    _make(folder)
+    names = {"all": list(SHAPES), "none": []}.get(model, [model])
+    result = bench_kv_scales(
+        [SHAPES[name] for name in names],
+        rounds,
+        RunConfig(steps=steps, warmup=WarmupConfig(steps=50)),
+        {"both": ["trainer", "engine"], "none": []}.get(measured_by, [measured_by]),
+        folder,
+        started=partial(typer.echo, err=True),
+    )
+    result.write(folder)
+    save_picture(result, folder / "kv-scales.png")
     if as_json:
         typer.echo(json.dumps(asdict(result)))
         return

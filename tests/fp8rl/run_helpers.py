@@ -39,6 +39,7 @@ CLOCKED = (
     "sync/seconds",
     "sync/quantize_seconds",
     "sync/engine_seconds",
+    "sync/kv_seconds",
     "rollout/tokens_per_second",
 )
 

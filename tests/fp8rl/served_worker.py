@@ -12,9 +12,9 @@ import sys
 
 
 def main(checkpoint: str) -> None:
-    from fp8rl import rollout
+    from fp8rl.engine_channel import ENVIRONMENT
 
-    os.environ.update(rollout._ENVIRONMENT)
+    os.environ.update(ENVIRONMENT)
     from vllm import LLM, SamplingParams
 
     request = json.loads(sys.stdin.read())

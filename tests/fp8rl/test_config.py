@@ -68,6 +68,8 @@ def test_the_kind_chooses_the_correction(empty: Path) -> None:
         ("model.hidden_size=", "model.hidden_size: .*found None"),
         ("model.head_dim=96", "num_kv_heads x head_dim is 192"),
         ("model.num_kv_heads=3", "num_kv_heads"),
+        ("model.family=qwen4", "model.family: .*'qwen3' or 'qwen2'.*found 'qwen4'"),
+        ("model={family: qwen2, hidden_size: 128}", "is 256, which for family qwen2 must be .*128"),
         ("trainer.tensor_parallel=3", "trainer.tensor_parallel is 3"),
         ("trainer.pipeline_parallel=3", "trainer.pipeline_parallel is 3"),
         ("trainer.minibatches=3", "trainer.minibatches is 3"),

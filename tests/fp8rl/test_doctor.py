@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import pytest
+import torch
 
 from fp8rl.config import Precision, RunConfig
-from fp8rl.doctor import MODULES, Finding, Machine, check_machine, examine, examine_engine
-from fp8rl.errors import ConfigError, EngineDiedError
+from fp8rl.doctor import MODULES, Finding, Machine, check_machine, examine
+from fp8rl.doctor_engine import examine_engine
+from fp8rl.errors import ConfigError, EngineDiedError, EngineError
 from fp8rl.rollout import EngineSettings
+from fp8rl.sync.segment import Segment
 
 ALL_MODULES = frozenset(MODULES)
 AMX_CPU = {"avx512": True, "amx_tile": True}
 AVX512_CPU = {"avx512": True, "amx_tile": False}
+AMX_ALONE = {"avx512": False, "amx_tile": True}
 OLD_CPU = {"avx512": False, "amx_tile": False}
 
 
@@ -36,7 +40,7 @@ def row(findings: list[Finding], name: str) -> Finding:
     return found
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8", "fp8-kv"])
+@pytest.mark.parametrize("precision", get_args(Precision))
 @pytest.mark.parametrize("gpus", [(), ((8, 9),), ((9, 0), (10, 0))])
 def test_a_full_machine_runs_every_arm(
     precision: Precision, gpus: tuple[tuple[int, int], ...]
@@ -51,6 +55,7 @@ def test_a_full_machine_runs_every_arm(
         ("fp8-kv", AVX512_CPU, "AMX tiles .*--precision bf16"),
         ("fp8-kv", OLD_CPU, "AMX tiles.*; .*AVX-512"),
         ("fp8", OLD_CPU, "precision is fp8, .*AMX tiles"),
+        ("kv-only", AMX_ALONE, "precision is kv-only, .*AVX-512"),
     ],
 )
 def test_a_processor_without_the_kernels_is_refused(
@@ -66,6 +71,10 @@ def test_bf16_runs_on_any_processor() -> None:
 
 def test_fp8_weights_alone_need_no_avx512() -> None:
     check_machine(config("fp8"), machine({"avx512": False, "amx_tile": True}))
+
+
+def test_an_fp8_cache_alone_needs_no_amx() -> None:
+    check_machine(config("kv-only"), machine(AVX512_CPU))
 
 
 def test_the_processor_does_not_matter_where_a_gpu_is() -> None:
@@ -125,12 +134,18 @@ def test_this_machine_has_what_the_requirements_install() -> None:
 
 
 class StubEngine:
-    """Stands in for ``RolloutEngine``; ``backends`` are those of its workers."""
+    """Stands in for ``RolloutEngine``; ``backends`` are those of its workers.
+
+    It takes whatever is published, but for the scales in ``loses``, of which it keeps 1.0.
+    """
 
     backends: tuple[str, ...] = ()
+    loses: tuple[str, ...] = ()
+    refuses = False
     started: ClassVar[list[EngineSettings]]
 
     def __init__(self, settings: EngineSettings, folder: Path) -> None:
+        self.settings = settings
         self.started.append(settings)
 
     def __enter__(self) -> StubEngine:
@@ -144,13 +159,38 @@ class StubEngine:
             raise EngineDiedError("the rollout engine ended: no memory")
         return [{"backend": backend} for backend in self.backends]
 
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self.segment = Segment.attach(init_info["path"], init_info["nbytes"])
+
+    def start_weight_update(self) -> None:
+        if self.refuses:
+            raise EngineError("not now")
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        if "abandoned" in update_info:
+            return
+        self.scales: dict[str, dict[str, list[float]]] = {}
+        for record in update_info["manifest"]["tensors"]:
+            if record["name"].endswith(("q_scale", "k_scale", "v_scale")):
+                held = self.segment.view(record["offset"], 4).view(torch.float32).item()
+                layer, _, name = record["name"].rpartition(".")
+                copies = [held, 1.0 if record["name"] in self.loses else held]
+                self.scales.setdefault(layer, {})[name[0]] = copies
+        self.segment.close()
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        pass
+
+    def kv_state(self) -> list[dict[str, Any]]:
+        return [self.scales]
+
 
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> type[StubEngine]:
     class Stub(StubEngine):
         started: ClassVar[list[EngineSettings]] = []
 
-    monkeypatch.setattr("fp8rl.rollout.RolloutEngine", Stub)
+    monkeypatch.setattr("fp8rl.doctor_engine.RolloutEngine", Stub)
     return Stub
 
 
@@ -167,7 +207,10 @@ def test_an_engine_that_does_not_start_is_missing_and_says_why(stub: type[StubEn
     assert (finding.state, "no memory" in finding.found) == ("missing", True)
 
 
-@pytest.mark.parametrize(("features", "precision"), [(AMX_CPU, "fp8-kv"), (OLD_CPU, "bf16")])
+@pytest.mark.parametrize(
+    ("features", "precision"),
+    [(AMX_CPU, "fp8-kv"), (AVX512_CPU, "kv-only"), (OLD_CPU, "bf16"), (AMX_ALONE, "bf16")],
+)
 def test_the_engine_is_started_in_an_arm_that_the_processor_has(
     stub: type[StubEngine], features: dict[str, bool], precision: Precision
 ) -> None:
@@ -176,13 +219,32 @@ def test_the_engine_is_started_in_an_arm_that_the_processor_has(
     assert [settings.precision for settings in stub.started] == [precision]
 
 
+def test_scales_that_do_not_arrive_are_named(stub: type[StubEngine]) -> None:
+    stub.backends = ("ShmReceiver",)
+    assert row(examine_engine(machine()), "KV scales").found == "6 published, 6 proven"
+    stub.loses = ("model.layers.1.self_attn.attn.k_scale",)
+    found = row(examine_engine(machine()), "KV scales")
+    assert found.state == "missing" and "no FP8 KV cache" in found.cost
+    assert found.found == f"6 published, 5 proven; not as sent: {stub.loses[0]}"
+    stub.refuses = True
+    found = row(examine_engine(machine()), "KV scales")
+    assert (found.state, "not now" in found.found) == ("missing", True)
+
+
+def test_an_engine_with_a_bf16_cache_is_asked_for_no_scales(stub: type[StubEngine]) -> None:
+    stub.backends = ("ShmReceiver",)
+    names = [finding.name for finding in examine_engine(machine(OLD_CPU))]
+    assert names == ["engine", "worker 0 plugin"]
+
+
 def test_no_engine_is_started_without_vllm(stub: type[StubEngine]) -> None:
     [finding] = examine_engine(machine(modules=ALL_MODULES - {"vllm"}))
     assert (finding.state, stub.started) == ("missing", [])
 
 
 @pytest.mark.slow
-def test_our_backend_is_live_in_a_real_engine() -> None:
+def test_our_backend_is_live_in_a_real_engine_and_takes_kv_scales() -> None:
     findings = examine_engine()
     assert row(findings, "worker 0 plugin").found == "ShmReceiver"
+    assert row(findings, "KV scales").found == "6 published, 6 proven"
     assert [finding for finding in findings if finding.state != "ok"] == []

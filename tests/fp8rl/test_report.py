@@ -13,8 +13,8 @@ from rich.console import Console
 from fp8rl.config import RunConfig, dump_config
 from fp8rl.environment import CPU_FEATURES, cpu_features, cpu_model, environment
 from fp8rl.errors import RunDirError
-from fp8rl.plots import PANELS, curves, panels, phase_names
-from fp8rl.report import closing_table, result, write_report
+from fp8rl.plots import curves, panels, phase_names
+from fp8rl.report import closing_table, headline, result, write_report
 from fp8rl.run_dir import RunDir
 
 COMMAND = "fp8rl train examples/grpo.yaml 'run_dir=runs/<b>'"
@@ -42,6 +42,7 @@ def step_metrics(step: int, rng: random.Random) -> dict[str, float | int | str]:
     }
     for layer in range(LAYERS):
         metrics |= {f"kv_scale/{layer}/{kind}": 2.0**-layer for kind in "qkv"}
+    metrics |= {"kv/saturation_max": 2e-5 if step == 7 else 0.0, "kv/changed": int(step > 18)}
     if step % 10 == 0:
         metrics |= {"reward/heldout": step / 25, "time/eval": 2.0}
     return metrics
@@ -93,6 +94,7 @@ def test_the_result_follows_from_the_metrics(run):
     assert found["sync_ms_median"] == pytest.approx(60.5)
     assert (found["sync_bytes"], found["bf16_bytes"]) == (3_456_000, 6_912_000)
     assert found["tokens_per_second_median"] == pytest.approx(5105)
+    assert (found["kv_saturation_max"], found["kv_scale_changes"]) == (2e-5, 2)
     k3 = [line["mismatch/k3"] for line in run_metrics()[1:]]
     assert found["mismatch_k3_mean"] == pytest.approx(sum(k3) / STEPS)
     # over all 21 lines, the start evaluation's too
@@ -129,7 +131,7 @@ def test_the_page_is_whole_and_needs_no_network(run):
     assert COMMAND in page.text  # escaped: it comes back as text
     assert "micro_batch_size" in page.text
     assert cpu_model() in page.text
-    assert html.count("<svg") == len(PANELS) == 6
+    assert html.count("<svg") == 6
     assert 'name="viewport"' in html
     assert not re.search(r"""(src|href)=["'](?!\#)|url\((?!\#)|@import|<script""", html)
     assert run.curves.read_bytes().startswith(b"\x89PNG")
@@ -148,6 +150,15 @@ def test_the_closing_table_has_the_verdict(run):
     shown = console.export_text()
     for text in ("0.100 -> 0.800", "50% of BF16's 6.59 MiB", "3.30 MiB", "60 ms", "5,105 tokens/s"):
         assert text in shown
+    assert "0.002 %" in shown and "2 scale changes" in shown
+
+
+def test_a_run_with_a_bf16_cache_has_no_saturation(tmp_path):
+    run = RunDir.create(tmp_path / "demo", dump_config(RunConfig(rollout={"precision": "bf16"})))
+    run.append({"step": 1, "version": 1, "reward/train": 0.5})
+    found = result(run, command=None, environment=None)
+    assert found["kv_saturation_max"] is found["kv_scale_changes"] is None
+    assert "saturation" not in str(headline(found))
 
 
 def test_every_panel_without_its_series_says_so():
@@ -164,6 +175,20 @@ def test_each_kv_scale_has_a_line_of_its_own_and_constant_ones_are_called_so():
     assert len(heights) == len(set(heights)) == 2 * LAYERS
     for octave, pair in zip(range(1 - LAYERS, 1), range(0, 2 * LAYERS, 2), strict=True):
         assert [round(height) for height in heights[pair : pair + 2]] == [octave, octave]
+
+
+def test_what_the_scales_clip_is_drawn_below_them_with_the_threshold():
+    figure = curves(run_metrics(), "run", warn_saturation=1e-3)
+    scales = next(axes for axes in figure.axes if axes.get_title("left") == "KV-cache scales")
+    [right] = [axes for axes in figure.axes if axes.get_ylabel().startswith("clipped")]
+    clipped, threshold = right.get_lines()
+    assert dict(zip(*clipped.get_data(), strict=True))[7] == 2e-5
+    assert list(threshold.get_ydata()) == [1e-3, 1e-3]
+    figure.canvas.draw()
+    highest = right.transData.transform((0, 1.0))[1]  # all elements clipped
+    lowest = min(scales.transData.transform((0, min(line.get_ydata())))[1] for line in scales.lines)
+    assert highest < lowest
+    assert all(axes.get_ylabel() != "clipped, at most" for axes in curves([], "none").axes)
 
 
 def test_what_the_stacked_bars_reach_is_the_time_of_the_step():

@@ -14,6 +14,7 @@ from fp8rl.config import RunConfig, parse_config
 from fp8rl.distributed import init_distributed
 from fp8rl.errors import TrainerError
 from fp8rl.megatron_model import hf_config
+from fp8rl.quant import KVObservation, KVObserver
 from fp8rl.trainer import MegatronTrainer
 
 VOCAB = 64
@@ -23,12 +24,14 @@ SHAPE = {
     "ffn_hidden_size": 256,
     "init_std": 0.1,  # large, so that what attention and the MLP compute shows in the logits
 }
+QWEN2 = {"family": "qwen2", "hidden_size": 256, "init_std": 0.07}  # wider, so smaller weights
+SHAPES = {"qwen3": SHAPE, "qwen2": SHAPE | QWEN2}
 
 
-def config(**trainer: object) -> RunConfig:
+def config(family: str = "qwen3", **trainer: object) -> RunConfig:
     return parse_config(
         {
-            "model": SHAPE,
+            "model": SHAPES[family],
             "trainer": {"micro_batch_size": 4, **trainer},
             "rollout": {"temperature": 0.8},
         }
@@ -70,14 +73,25 @@ def trainer() -> MegatronTrainer:
     return MegatronTrainer(config(), VOCAB)
 
 
+def make(family: str, **options: object) -> MegatronTrainer:
+    """A trainer of that family; its biases, where it has any, are not zero."""
+    made = MegatronTrainer(config(family, **options), VOCAB)
+    state, generator = made.state(), torch.Generator().manual_seed(1)
+    for name in (n for n in state if n.startswith("master/") and n.endswith(".bias")):
+        state[name] = torch.randn(state[name].shape, generator=generator)
+        state[name.replace("master/", "model/")] = state[name].bfloat16()
+    made.load_state(state)
+    return made
+
+
 class HuggingFaceTwin:
-    """A real Qwen3ForCausalLM holding the trainer's exported weights, in fp32."""
+    """The real Qwen3ForCausalLM or Qwen2ForCausalLM of the trainer's exported weights, in fp32."""
 
     def __init__(self, trainer: MegatronTrainer) -> None:
-        from transformers import AttentionInterface, Qwen3Config, Qwen3ForCausalLM
+        from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        shape = Qwen3Config(**hf_config(config().model, VOCAB, 64))
+        shape = AutoConfig.for_model(**hf_config(trainer._config.model, VOCAB, 64))
         self.seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
         def observed(module, q, k, v, mask, **kwargs):  # type: ignore[no-untyped-def]
@@ -86,7 +100,7 @@ class HuggingFaceTwin:
 
         AttentionInterface.register("observed", observed)
         shape._attn_implementation = "observed"
-        self.model = Qwen3ForCausalLM(shape).float()
+        self.model = AutoModelForCausalLM.from_config(shape).float()
         weights = {name: tensor.float() for name, tensor in trainer.source()}
         self.model.load_state_dict(weights, strict=True)
 
@@ -97,8 +111,9 @@ class HuggingFaceTwin:
         return torch.where(b.response_mask, padded, 0.0)
 
 
-def test_log_probs_are_those_of_the_exported_hugging_face_model(trainer: MegatronTrainer) -> None:
-    b = batch()
+@pytest.mark.parametrize("family", SHAPES)
+def test_log_probs_are_those_of_the_exported_hugging_face_model(family: str) -> None:
+    trainer, b = make(family), batch()
     ours = trainer.log_probs(b)
     with torch.no_grad():
         theirs = HuggingFaceTwin(trainer).log_probs(b)
@@ -126,8 +141,9 @@ def test_a_token_sees_only_those_before_it(trainer: MegatronTrainer) -> None:
     assert not torch.equal(before[:, 8:], after[:, 8:])
 
 
-def test_gradient_is_that_of_the_hugging_face_model() -> None:
-    trainer = MegatronTrainer(config(grad_clip=1e9), VOCAB)
+@pytest.mark.parametrize("family", SHAPES)
+def test_gradient_is_that_of_the_hugging_face_model(family: str) -> None:
+    trainer = make(family, grad_clip=1e9)
     twin, b = HuggingFaceTwin(trainer), batch()
     loss = mean_nll(b)(twin.log_probs(b), slice(0, 10))
     loss.backward()
@@ -138,14 +154,21 @@ def test_gradient_is_that_of_the_hugging_face_model() -> None:
     ours = gradients(trainer)
     assert found["loss"] == pytest.approx(float(loss.detach()), rel=0.01)
     assert found["grad_norm"] == pytest.approx(float(norm), rel=0.02)
-    for megatron, hf in {
-        "embedding.word_embeddings": "model.embed_tokens",
-        "decoder.layers.0.self_attention.linear_proj": "model.layers.0.self_attn.o_proj",
-        "decoder.layers.0.self_attention.q_layernorm": "model.layers.0.self_attn.q_norm",
-        "decoder.layers.1.mlp.linear_fc2": "model.layers.1.mlp.down_proj",
-    }.items():
-        found_grad, expected = ours[f"{megatron}.weight"], theirs[f"{hf}.weight"]
-        assert (found_grad - expected).norm() < 0.05 * expected.norm(), hf
+    attention, hf_attention = "decoder.layers.0.self_attention", "model.layers.0.self_attn"
+    expected = {
+        "embedding.word_embeddings.weight": theirs["model.embed_tokens.weight"],
+        f"{attention}.linear_proj.weight": theirs[f"{hf_attention}.o_proj.weight"],
+        "decoder.layers.1.mlp.linear_fc2.weight": theirs["model.layers.1.mlp.down_proj.weight"],
+    }
+    if family == "qwen3":
+        norm_of_q = theirs[f"{hf_attention}.q_norm.weight"]
+        expected[f"{attention}.q_layernorm.weight"] = norm_of_q
+    else:
+        q, k, v = (theirs[f"{hf_attention}.{x}_proj.bias"].split(64) for x in "qkv")
+        bias = torch.cat([*q[:2], k[0], v[0], *q[2:], k[1], v[1]])
+        expected[f"{attention}.linear_qkv.bias"] = bias
+    for name, gradient in expected.items():
+        assert (ours[name] - gradient).norm() < 0.05 * gradient.norm(), name
 
 
 def test_micro_batches_give_the_gradient_of_the_whole() -> None:
@@ -232,38 +255,44 @@ def test_a_state_of_another_model_is_refused(trainer: MegatronTrainer) -> None:
         trainer.load_state({**state, name: state[name][:-1]})
 
 
-def test_kv_amax_is_what_the_hugging_face_model_attends_to(trainer: MegatronTrainer) -> None:
+def observed(trainer: MegatronTrainer, b: TokenBatch) -> KVObservation:
+    return trainer.observe_kv(b, KVObserver(trainer.attention_shape))
+
+
+def test_what_is_observed_is_what_the_hugging_face_model_attends_to(
+    trainer: MegatronTrainer,
+) -> None:
     b = batch()
-    ours, tokens = trainer.kv_amax(b, max_tokens=10_000)
+    ours = observed(trainer, b)
     twin = HuggingFaceTwin(trainer)
     with torch.no_grad():
         twin.model(b.tokens)
     mask = b.real[:, None, :, None]
     theirs = torch.tensor([[float((x.abs() * mask).max()) for x in qkv] for qkv in twin.seen])
-    assert tokens == int(b.lengths.sum())
-    assert ours.dtype == torch.float32 and ours.shape == (2, 3)
-    assert torch.allclose(ours, theirs, rtol=0.02)
+    assert ours.tokens == int(b.lengths.sum())
+    assert ours.amax().shape == (2, 3)
+    assert torch.allclose(ours.amax(), theirs, rtol=0.02)
 
 
-def test_kv_amax_never_observes_padding(trainer: MegatronTrainer) -> None:
+def test_padding_is_never_observed(trainer: MegatronTrainer) -> None:
     b = batch()
-    seen, _ = trainer.kv_amax(b, max_tokens=10_000)
-    assert torch.equal(seen, trainer.kv_amax(with_other_padding(b), max_tokens=10_000)[0])
+    seen = observed(trainer, b)
+    assert seen.to_json() == observed(trainer, with_other_padding(b)).to_json()
     everything = TokenBatch(b.tokens, (torch.arange(12) > 0).expand(10, 12))
-    wider, _ = trainer.kv_amax(everything, max_tokens=10_000)
-    assert (wider >= seen).all() and not torch.equal(wider, seen)  # padding would have shown
+    wider = observed(trainer, everything).amax()
+    assert (wider >= seen.amax()).all()
+    assert not torch.equal(wider, seen.amax())  # padding would have shown
 
 
-def test_kv_amax_keeps_to_its_bound_and_leaves_no_hook(trainer: MegatronTrainer) -> None:
+def test_scoring_can_be_watched_and_gives_the_same_scores(trainer: MegatronTrainer) -> None:
     b = batch()
     scores = trainer.log_probs(b)
-    _, tokens = trainer.kv_amax(b, max_tokens=40)
-    assert 40 - 12 < tokens <= 40
-    with pytest.raises(TrainerError, match="max_tokens is 3"):
-        trainer.kv_amax(b, max_tokens=3)
+    observer = KVObserver(trainer.attention_shape)
+    assert torch.equal(trainer.log_probs(b, observer), scores)
+    last_position = int((b.lengths == b.tokens.shape[1]).sum())  # its token predicts nothing
+    assert observer.observation().tokens == int(b.lengths.sum()) - last_position
     assert torch.equal(trainer.log_probs(b), scores)
-    layers = trainer._model.decoder.layers
-    assert not any(layer.self_attention.core_attention._forward_pre_hooks for layer in layers)
+    assert observer.observation().tokens == int(b.lengths.sum()) - last_position
 
 
 def test_a_seed_is_a_model_and_building_it_draws_nothing(trainer: MegatronTrainer) -> None:

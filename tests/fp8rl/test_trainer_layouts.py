@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 WORKER = Path(__file__).with_name("trainer_worker.py")
-Seen = tuple[dict[str, float], dict[str, Tensor]]
+FAMILIES = ("qwen3", "qwen2")
+Seen = dict[str, tuple[dict[str, float], dict[str, Tensor]]]
 
 
 def run_layout(out: Path, tp: int, pp: int) -> list[Seen]:
-    """What every rank of the layout saw, in order of rank."""
+    """What every rank of the layout saw of each family, in order of rank."""
     out.mkdir()
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(tp * pp)]
     arguments = [str(WORKER), str(out), str(tp), str(pp)]
@@ -30,9 +31,16 @@ def run_layout(out: Path, tp: int, pp: int) -> list[Seen]:
         timeout=240,
     )
     assert done.returncode == 0, done.stderr[-4000:]
+    files = [{family: out / f"{family}-{r}" for family in FAMILIES} for r in range(tp * pp)]
     return [
-        (json.loads((out / f"rank-{r}.json").read_text()), load_file(out / f"rank-{r}.safetensors"))
-        for r in range(tp * pp)
+        {
+            family: (
+                json.loads(file.with_suffix(".json").read_text()),
+                load_file(file.with_suffix(".safetensors")),
+            )
+            for family, file in of_rank.items()
+        }
+        for of_rank in files
     ]
 
 
@@ -45,8 +53,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Seen:
 @pytest.mark.slow
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (2, 2)])
 def test_other_layouts_are_the_same_trainer(tmp_path: Path, alone: Seen, tp: int, pp: int) -> None:
-    expected, tensors = alone
-    for found, ours in run_layout(tmp_path / "ranks", tp, pp):
+    ranks = run_layout(tmp_path / "ranks", tp, pp)
+    for family, seen in ((family, seen) for rank in ranks for family, seen in rank.items()):
+        (expected, tensors), (found, ours) = alone[family], seen
         assert ours.keys() == tensors.keys()
         for name in tensors:
             if name.startswith("start/"):
@@ -56,10 +65,13 @@ def test_other_layouts_are_the_same_trainer(tmp_path: Path, alone: Seen, tp: int
             if name.startswith("end/"):
                 moved = (tensors[name] - tensors[name.replace("end/", "start/")]).float().norm()
                 apart = (ours[name] - tensors[name]).float().norm()
-                assert moved > 0 and apart < 0.5 * moved, name
+                # a bias of k moves all scores of a query nearly alike: Adam steps on rounding there
+                bound = 1.0 if name.endswith("k_proj.bias") else 0.5
+                assert moved > 0 and apart < bound * moved, name
         assert found["loss"] == pytest.approx(expected["loss"], rel=5e-3)
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=2e-2)
         assert found["resumed"] == 1.0
         assert found["tokens"] == expected["tokens"]
         assert (ours["log_probs"] - tensors["log_probs"]).abs().mean() < 0.02
         assert torch.allclose(ours["kv_amax"], tensors["kv_amax"], rtol=0.02)
+        assert torch.allclose(ours["kv_percentile"], tensors["kv_percentile"], rtol=0.05)

@@ -1,6 +1,6 @@
 """One trainer rank of test_trainer_layouts.py, started by torchrun: OUT_DIR TP PP.
 
-Writes what this rank saw as files named by its rank; says nothing.
+Writes what this rank saw, for each family, as files named by both; says nothing.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fp8rl.batch import TokenBatch
-from fp8rl.config import parse_config
+from fp8rl.config import RunConfig, parse_config
 from fp8rl.distributed import init_distributed
+from fp8rl.quant import KVObserver
 from fp8rl.trainer import MegatronTrainer
 
 VOCAB = 64
@@ -23,21 +24,41 @@ VOCAB = 64
 
 def main(out: Path, tp: int, pp: int) -> None:
     torch.set_num_threads(1)
-    config = parse_config(
+    configs = {
+        family: configure({"family": family, "hidden_size": hidden_size}, tp, pp)
+        for family, hidden_size in {"qwen3": 128, "qwen2": 256}.items()
+    }
+    with init_distributed(configs["qwen3"]) as rank:
+        for family, config in configs.items():
+            found, tensors = step(with_biases(MegatronTrainer(config, VOCAB), tp))
+            save_file(tensors, out / f"{family}-{rank}.safetensors")
+            (out / f"{family}-{rank}.json").write_text(json.dumps(found))
+
+
+def configure(model: dict[str, object], tp: int, pp: int) -> RunConfig:
+    return parse_config(
         {
-            "model": {
-                "num_layers": 4, "hidden_size": 128, "ffn_hidden_size": 256, "init_std": 0.1
-            },
+            "model": {"num_layers": 4, "ffn_hidden_size": 256, "init_std": 0.1, **model},
             "trainer": {
                 "micro_batch_size": 3, "learning_rate": 0.01,
                 "tensor_parallel": tp, "pipeline_parallel": pp,
             },
         }
     )  # fmt: skip
-    with init_distributed(config) as rank:
-        found, tensors = step(MegatronTrainer(config, VOCAB))
-        save_file(tensors, out / f"rank-{rank}.safetensors")
-        (out / f"rank-{rank}.json").write_text(json.dumps(found))
+
+
+def with_biases(trainer: MegatronTrainer, tp: int) -> MegatronTrainer:
+    """The trainer with biases that are not zero: for every layer one draw, cut for the ranks."""
+    from megatron.core import parallel_state
+
+    state = trainer.state()
+    for name in (n for n in state if n.startswith("master/") and n.endswith(".bias")):
+        generator = torch.Generator().manual_seed(1)
+        whole = torch.randn(len(state[name]) * tp, generator=generator)
+        state[name] = whole.chunk(tp)[parallel_state.get_tensor_model_parallel_rank()].clone()
+        state[name.replace("master/", "model/")] = state[name].bfloat16()
+    trainer.load_state(state)
+    return trainer
 
 
 def step(trainer: MegatronTrainer) -> tuple[dict[str, float], dict[str, Tensor]]:
@@ -53,7 +74,9 @@ def step(trainer: MegatronTrainer) -> tuple[dict[str, float], dict[str, Tensor]]
 
     tensors = {f"start/{n}": t.clone().contiguous() for n, t in trainer.source()}
     tensors["log_probs"] = trainer.log_probs(batch)
-    tensors["kv_amax"], seen = trainer.kv_amax(batch, max_tokens=80)
+    seen = trainer.observe_kv(batch, KVObserver(trainer.attention_shape, histogram=True))
+    tensors["kv_amax"] = seen.amax()
+    tensors["kv_percentile"] = seen.percentile(99.0)
     first = trainer.update(batch, loss_fn)
     state = trainer.state()
     second = trainer.update(batch, loss_fn)
@@ -61,7 +84,7 @@ def step(trainer: MegatronTrainer) -> tuple[dict[str, float], dict[str, Tensor]]
     trainer.load_state(state)
     again = trainer.update(batch, loss_fn)
     tensors |= {f"again/{n}": t.clone().contiguous() for n, t in trainer.source()}
-    return {**first, "tokens": seen, "resumed": float(second == again)}, tensors
+    return {**first, "tokens": seen.tokens, "resumed": float(second == again)}, tensors
 
 
 if __name__ == "__main__":

@@ -23,10 +23,11 @@ def scales(amax: torch.Tensor = AMAX, **options) -> KVScales:
 
 def test_a_scale_is_the_next_power_of_two_above_amax_over_448():
     first, second = scales().layers
-    assert (first.q_scale, first.k_scale, first.v_scale) == (1.0, 2.0**-7, 2.0**-12)
-    assert (second.q_scale, second.k_scale, second.v_scale) == (2.0, 2.0, 2.0**-18)
-    assert (first.q_amax, first.k_amax) == (448.0, 3.0)
-    assert first.v_amax == float(np.float32(0.1))
+    assert (first.q.scale, first.k.scale, first.v.scale) == (1.0, 2.0**-7, 2.0**-12)
+    assert (second.q.scale, second.k.scale, second.v.scale) == (2.0, 2.0, 2.0**-18)
+    assert (first.q.magnitude, first.k.magnitude) == (448.0, 3.0)
+    assert first.v.magnitude == float(np.float32(0.1))
+    assert torch.equal(scales().scales()[0], torch.tensor([1.0, 2.0**-7, 2.0**-12]))
 
 
 positive = st.floats(2.0**-149, 2.0**127, width=32)
@@ -37,15 +38,32 @@ positive = st.floats(2.0**-149, 2.0**127, width=32)
 def test_scales_are_the_definitions_for_any_amax(rows):
     found = KVScales.from_amax(torch.tensor(rows), version=0, tokens=1)
     for row, layer in zip(rows, found.layers, strict=True):
-        assert [layer.q_amax, layer.k_amax, layer.v_amax] == list(row)
-        assert [layer.q_scale, layer.k_scale, layer.v_scale] == [pow2_scale_inv(x) for x in row]
+        assert [layer.q.magnitude, layer.k.magnitude, layer.v.magnitude] == list(row)
+        assert [layer.q.scale, layer.k.scale, layer.v.scale] == [pow2_scale_inv(x) for x in row]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.tuples(*[st.floats(2.0**-110, 2.0**127, width=32)] * 3))
+def test_an_fp32_scale_is_the_smallest_that_covers_amax(row):
+    found = KVScales.from_amax(torch.tensor([row]), version=0, tokens=1, scale_format="fp32")
+    for amax, scale in zip(row, found.scales()[0].tolist(), strict=True):
+        assert scale * 448 >= amax  # float64: exact
+        assert float(np.nextafter(np.float32(scale), np.float32(0))) * 448 < amax
 
 
 def test_margin_is_headroom_on_amax():
-    assert scales(margin=1.0).layers[0].q_scale == 1.0
-    assert scales(margin=1.01).layers[0].q_scale == 2.0
-    assert scales(margin=1.01).layers[0].q_amax == 448.0
-    assert scales(margin=0.5).layers[0].q_scale == 0.5
+    assert scales(margin=1.0).layers[0].q.scale == 1.0
+    assert scales(margin=1.01).layers[0].q.scale == 2.0
+    assert scales(margin=1.01).layers[0].q.magnitude == 448.0
+    assert scales(margin=0.5).layers[0].q.scale == 0.5
+
+
+def test_the_magnitudes_of_heads_are_kept_as_data():
+    heads = [[(1.0, 448.0), (3.0,), (0.1,)], [(449.0, 2.0), (896.0,), (1e-3,)]]
+    kept = scales(head_amax=heads)
+    assert kept.layers[1].q.head_amax == (449.0, 2.0)
+    assert kept.layers[1].q.scale == scales().layers[1].q.scale
+    assert KVScales.from_json(json.loads(json.dumps(kept.to_json()))) == kept
 
 
 def test_tensors_have_the_names_and_form_that_the_engine_loads():
@@ -105,18 +123,25 @@ def test_scales_without_a_sound_origin_are_refused(options, message):
     assert str(found.value)
 
 
+def changed(layer: dict, x: str, **fields) -> dict:
+    return {x: layer[x] | fields}
+
+
 def test_json_that_is_not_complete_is_refused():
     good = scales().to_json()
     layer = good["layers"][0]
-    without_k = {key: value for key, value in layer.items() if key != "k_scale"}
+    without_k = {key: value for key, value in layer.items() if key != "k"}
     for bad, message in [
         ({k: v for k, v in good.items() if k != "version"}, "must have the fields"),
         (good | {"extra": 1}, "extra"),
         (good | {"layers": [without_k]}, "layer 0 must have the fields"),
         (good | {"layers": []}, "at least one layer"),
         (good | {"layers": {}}, "layers must be a list"),
-        (good | {"layers": [layer | {"k_scale": 0.0}]}, "k_scale must be a finite float above 0"),
-        (good | {"layers": [layer | {"v_amax": math.nan}]}, "v_amax must be a finite float"),
+        (good | {"layers": [layer | changed(layer, "k", scale=0.0)]}, "0, k: scale must be a fin"),
+        (good | {"layers": [layer | changed(layer, "v", magnitude=math.nan)]}, "0, v: magnitude"),
+        (good | {"layers": [layer | changed(layer, "q", head_amax=[math.inf])]}, "0, q: head_amax"),
+        (good | {"layers": [layer | changed(layer, "q", head_amax=1.0)]}, "q: head_amax must be a"),
+        (good | {"layers": [layer | {"q": {"scale": 1.0}}]}, "layer 0, q must have the fields"),
     ]:
         with pytest.raises(KVScaleError, match=message):
             KVScales.from_json(bad)

@@ -1,5 +1,7 @@
 """Run in a process of its own: damage a live vLLM model and print what the read-back says.
 
+The model is a Qwen2, which has every kind of tensor: matrices, norms, biases, scales.
+
 Usage: python -m tests.sync.engine_state_worker PRECISION FOLDER. Prints one JSON object,
 case -> list of differences.
 """
@@ -17,29 +19,30 @@ import torch
 
 from tests import helpers
 
+FAMILY = "qwen2"
+
 
 def main(precision: str, folder: Path) -> None:
-    from fp8rl import rollout
+    from fp8rl.engine_channel import ENVIRONMENT
 
-    os.environ.update(rollout._ENVIRONMENT)
-    from fp8rl.engine_process import EngineServer
+    os.environ.update(ENVIRONMENT)
+    from fp8rl.engine_server import EngineServer
     from fp8rl.sync.publisher import Publisher
 
-    settings = helpers.settings(precision)
+    settings = helpers.settings(precision, family=FAMILY)
     server = EngineServer(settings.llm_arguments(folder))
     fp8_kv = precision == "fp8-kv"
     with Publisher(settings.plan(), server, kv_layers=helpers.LAYERS if fp8_kv else 0) as publisher:
         for version in (0, 1):
             scales = helpers.scales(version) if fp8_kv else None
-            publisher.publish(helpers.source(version), version=version, kv_scales=scales)
+            publisher.publish(helpers.source(version, FAMILY), version=version, kv_scales=scales)
         sent = sent_tensors(settings.plan(), seed=1)
-        if fp8_kv:
-            sent |= helpers.scales(1).tensors()
+        kv_scales = helpers.scales(1).tensors() if fp8_kv else {}
         cases = damages(precision)
-        found = server._llm.apply_model(lambda model: examine(model, sent, cases))[0]
+        found = server._llm.apply_model(lambda model: examine(model, sent, kv_scales, cases))[0]
         server._llm.apply_model(lambda model: break_a_load(model, sent))
         scales = helpers.scales(2) if fp8_kv else None
-        publisher.publish(helpers.source(2), version=2, kv_scales=scales)  # proves itself
+        publisher.publish(helpers.source(2, FAMILY), version=2, kv_scales=scales)  # proves itself
         found["healed after a load that broke"] = []
     print(json.dumps(found))
 
@@ -48,7 +51,7 @@ def sent_tensors(plan: Any, seed: int) -> dict[str, torch.Tensor]:
     from fp8rl.quant import quantize_blockwise
 
     sent = {}
-    for name, tensor in helpers.weights(seed).items():
+    for name, tensor in helpers.weights(seed, FAMILY).items():
         if plan.is_quantized(name):
             quantized = quantize_blockwise(tensor)
             sent |= {name: quantized.data, f"{name}_scale_inv": quantized.scale_inv}
@@ -59,18 +62,20 @@ def sent_tensors(plan: Any, seed: int) -> dict[str, torch.Tensor]:
 
 def damages(precision: str) -> dict[str, Callable[[Any], Callable[[], None]]]:
     """Case -> (model -> damages it and returns how to undo that)."""
+    qkv = lambda m: m.model.layers[1].self_attn.qkv_proj  # noqa: E731
     cases = {
+        "first bias of a fused linear": lambda m: element(qkv(m).bias.data),
+        "last bias of a fused linear": lambda m: element(qkv(m).bias.data[-1:]),
         "norm": lambda m: element(m.model.layers[0].input_layernorm.weight.data),
         "embedding": lambda m: element(m.model.embed_tokens.weight.data),
         "head's copy in the kernel": lambda m: kernel_copy(m.lm_head),
     }
     if precision == "bf16":
-        qkv = lambda m: m.model.layers[1].self_attn.qkv_proj  # noqa: E731
         return cases | {"linear's copy in the kernel": lambda m: kernel_copy(qkv(m))}
     layer = lambda m: m.model.layers[1]  # noqa: E731
     cases |= {
-        "first part of a fused linear": lambda m: row(layer(m).self_attn.qkv_proj, 0),
-        "last part of a fused linear": lambda m: row(layer(m).self_attn.qkv_proj, -1),
+        "first part of a fused linear": lambda m: row(qkv(m), 0),
+        "last part of a fused linear": lambda m: row(qkv(m), -1),
         "scales of up_proj": lambda m: element(layer(m).mlp.gate_up_proj.weight_scale_inv.data[-1]),
     }
     if precision == "fp8-kv":
@@ -84,15 +89,24 @@ def damages(precision: str) -> dict[str, Callable[[Any], Callable[[], None]]]:
     return cases
 
 
-def examine(model: Any, sent: dict[str, torch.Tensor], cases: dict[str, Any]) -> dict[str, Any]:
+def examine(
+    model: Any,
+    sent: dict[str, torch.Tensor],
+    kv_scales: dict[str, torch.Tensor],
+    cases: dict[str, Any],
+) -> dict[str, Any]:
+    from fp8rl.sync.engine_scales import scale_differences
     from fp8rl.sync.engine_state import differences
 
-    found = {"untouched": differences(model, sent)}
+    def problems() -> list[str]:
+        return differences(model, sent) + scale_differences(model, kv_scales)
+
+    found = {"untouched": problems()}
     for case, damage in cases.items():
         undo = damage(model)
-        found[case] = differences(model, sent)
+        found[case] = problems()
         undo()
-    found["restored"] = differences(model, sent)
+    found["restored"] = problems()
     return found
 
 

@@ -17,6 +17,8 @@ pytestmark = pytest.mark.slow
 
 ATTENTION = "model.layers.1.self_attn"
 ALWAYS = {
+    "first bias of a fused linear": f"{ATTENTION}.q_proj.bias",
+    "last bias of a fused linear": f"{ATTENTION}.v_proj.bias",
     "norm": "model.layers.0.input_layernorm.weight",
     "embedding": "model.embed_tokens.weight",
     "head's copy in the kernel": "lm_head.weight",

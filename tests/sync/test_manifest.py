@@ -49,6 +49,14 @@ def test_a_good_manifest_survives_the_wire_unchanged() -> None:
     assert manifest.kv_scales is not None and manifest.kv_scales.version == 3
 
 
+def test_scales_may_be_announced_to_follow() -> None:
+    manifest = parse_manifest(changed(kv_scales="follow"))
+    assert manifest.kv_scales == "follow"
+    assert parse_manifest(manifest.model_dump(mode="json")) == manifest
+    with pytest.raises(ManifestError, match="kv_scales"):
+        parse_manifest(changed(kv_scales="later"))
+
+
 @pytest.mark.parametrize(
     ("raw", "named"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -17,16 +18,22 @@ from fp8rl.sync.megatron import MegatronSource, global_parameters
 from fp8rl.sync.source import WeightSource
 from fp8rl.trainer import MegatronTrainer
 
-CONFIG = parse_config(
-    {"model": {"num_layers": 2, "hidden_size": 128, "ffn_hidden_size": 256, "num_heads": 8}}
-)
+SHAPE = {"num_layers": 2, "hidden_size": 128, "ffn_hidden_size": 256, "num_heads": 8}
+QKV_PARAMETERS = {"qwen3": ("weight",), "qwen2": ("weight", "bias")}
 VOCAB = 64
 
 
-@pytest.fixture(scope="module")
-def trainer() -> Iterator[MegatronTrainer]:
-    with init_distributed(CONFIG):
-        yield MegatronTrainer(CONFIG, VOCAB)
+@pytest.fixture(scope="module", params=QKV_PARAMETERS)
+def trainer(request: pytest.FixtureRequest) -> Iterator[MegatronTrainer]:
+    shape = SHAPE | ({"hidden_size": 512} if request.param == "qwen2" else {})
+    config = parse_config({"model": {"family": request.param, **shape}})
+    with init_distributed(config):
+        yield MegatronTrainer(config, VOCAB)
+
+
+@pytest.fixture
+def config_json(trainer: MegatronTrainer) -> dict[str, Any]:
+    return hf_config(trainer._config.model, VOCAB, 64)
 
 
 @pytest.fixture
@@ -34,20 +41,26 @@ def source(trainer: MegatronTrainer) -> MegatronSource:
     return trainer.source()
 
 
-def test_names_shapes_and_dtype_are_those_of_qwen3(source: MegatronSource) -> None:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+def test_names_shapes_and_dtype_are_those_of_hugging_face(
+    source: MegatronSource, config_json: dict[str, Any]
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = Qwen3ForCausalLM(Qwen3Config(**hf_config(CONFIG.model, VOCAB, 64)))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config_json))
+    assert [type(model).__name__] == config_json["architectures"]
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {meta.name: meta.shape for meta in source.metadata()}
     assert found == expected
-    assert list(found) == list(expected)
+    in_order = [[n for n in names if not n.endswith("bias")] for names in (found, expected)]
+    assert in_order[0] == in_order[1]  # q's, k's and v's biases come after all their weights
     assert {meta.dtype for meta in source.metadata()} == {torch.bfloat16}
 
 
-def test_the_quantization_plan_knows_every_tensor(source: MegatronSource) -> None:
-    plan = QuantPlan.from_hf_config(hf_config(CONFIG.model, VOCAB, 64))
+def test_the_quantization_plan_knows_every_tensor(
+    source: MegatronSource, config_json: dict[str, Any]
+) -> None:
+    plan = QuantPlan.from_hf_config(config_json)
     announced = {meta.name: meta.shape for meta in source.metadata()}
     assert {entry.name: tuple(entry.shape) for entry in plan.entries} == announced
 
@@ -62,13 +75,15 @@ def test_iteration_keeps_what_metadata_says_on_every_pass(source: MegatronSource
 def test_query_groups_are_taken_apart_in_order(
     source: MegatronSource, trainer: MegatronTrainer
 ) -> None:
-    name = "decoder.layers.1.self_attention.linear_qkv.weight"
-    qkv = global_parameters(trainer._model)[name].detach()
-    weights = dict(source)
-    heads = [weights[f"model.layers.1.self_attn.{x}_proj.weight"].split(64) for x in "qkv"]
-    (q, k, v) = heads
-    expected = torch.cat([*q[:4], k[0], v[0], *q[4:], k[1], v[1]])
-    assert torch.equal(qkv, expected)
+    tokens = torch.randint(0, VOCAB, (4, 8))
+    batch = TokenBatch(tokens, (torch.arange(8) > 3).expand(4, 8))
+    trainer.update(batch, lambda log_probs, rows: -log_probs.sum())  # biases begin at zero
+    parameters, weights = global_parameters(trainer._model), dict(source)
+    for kind in QKV_PARAMETERS[trainer._config.model.family]:
+        qkv = parameters[f"decoder.layers.1.self_attention.linear_qkv.{kind}"].detach()
+        q, k, v = (weights[f"model.layers.1.self_attn.{x}_proj.{kind}"].split(64) for x in "qkv")
+        expected = torch.cat([*q[:4], k[0], v[0], *q[4:], k[1], v[1]])
+        assert torch.equal(qkv, expected) and qkv.count_nonzero() > 0.9 * qkv.numel()
 
 
 def test_tensors_are_views_where_layouts_agree(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from fp8rl.quant import (
+    KVScaleError,
+    KVScales,
     NonFiniteWeightError,
     QuantFormatError,
     QuantPlan,
@@ -33,6 +37,7 @@ class Recorder:
         self.calls: list[str] = []
         self.tensors: dict[str, torch.Tensor] = {}
         self.manifest: Any = None
+        self.manifests: list[Any] = []
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self.segment = Segment.attach(init_info["path"], init_info["nbytes"])
@@ -43,6 +48,7 @@ class Recorder:
     def update_weights(self, update_info: dict[str, Any]) -> None:
         self.calls.append("update")
         self.manifest = parse_manifest(update_info["manifest"])
+        self.manifests.append(self.manifest)
         for record in self.manifest.tensors:
             raw = self.segment.view(record.offset, record.nbytes).clone()
             assert digest(raw) == record.digest
@@ -75,6 +81,10 @@ def test_the_wire_carries_exactly_the_plans_tensors_and_the_scales() -> None:
     assert torch.equal(recorder.tensors[A_NORM], weights[A_NORM])
     assert all(torch.equal(recorder.tensors[name], value) for name, value in scales.items())
     assert recorder.manifest.kv_scales.version == 5
+    assert recorder.manifest.kv_scales.observer == "amax"
+    assert recorder.manifest.kv_scales.tokens == 100
+    assert report.kv_scales == helpers.scales(5)
+    assert report.tensors == len(expected)
     assert report.nbytes == sum(t.nbytes for t in recorder.tensors.values())
     assert report.bf16_nbytes == sum(t.nbytes for t in weights.values())
 
@@ -101,10 +111,83 @@ def test_missing_kv_scales_are_named() -> None:
     recorder = Recorder()
     with (
         Publisher(PLAN, recorder, kv_layers=helpers.LAYERS) as publisher,
-        pytest.raises(SourceError, match=r"layers\.0\.self_attn\.attn\.q_scale"),
+        pytest.raises(SourceError, match=r"layers\.0\.self_attn\.attn\.q_scale") as refused,
     ):
         publisher.publish(helpers.source(0), version=0, kv_scales=None)
+    scales = helpers.scales(0).tensors()
+    assert f"version 0 lacks {len(scales)} tensors: {', '.join(scales)}" in str(refused.value)
     assert recorder.calls == []
+
+
+def test_kv_scales_of_another_version_are_refused_before_the_engine_hears_of_it() -> None:
+    recorder = Recorder()
+    with (
+        Publisher(PLAN, recorder, kv_layers=helpers.LAYERS) as publisher,
+        pytest.raises(KVScaleError, match=r"version 4 is published .* measured on version 3"),
+    ):
+        publisher.publish(helpers.source(0), version=4, kv_scales=helpers.scales(3))
+    assert recorder.calls == []
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_kv_scales_of_another_number_of_layers_are_refused(layers: int) -> None:
+    recorder, scales = Recorder(), helpers.scales(0)
+    other = replace(scales, layers=(scales.layers * 2)[:layers])
+    with (
+        Publisher(PLAN, recorder, kv_layers=helpers.LAYERS) as publisher,
+        pytest.raises(SourceError, match=rf"layers\.{min(layers, 2)}\.self_attn\.attn\.q_scale"),
+    ):
+        publisher.publish(helpers.source(0), version=0, kv_scales=other)
+    assert recorder.calls == []
+
+
+def test_scales_measured_in_the_engine_follow_the_weights() -> None:
+    recorder = Recorder()
+
+    def measure() -> KVScales:
+        recorder.calls.append("measure")
+        time.sleep(0.02)
+        return helpers.scales(2)
+
+    with Publisher(PLAN, recorder, kv_layers=helpers.LAYERS) as publisher:
+        report = publisher.publish(helpers.source(0), version=2, kv_scales=measure)
+    assert recorder.calls == ["start", "update", "measure", "update", "finish 2"]
+    weights, scales = recorder.manifests
+    assert weights.kv_scales == "follow" and scales.kv_scales.tokens == 100
+    assert (weights.version, scales.version) == (2, 2)
+    assert [r.name for r in weights.tensors] == [tensor.name for tensor in PLAN.engine_tensors()]
+    sent = helpers.scales(2).tensors()
+    assert [r.name for r in scales.tensors] == list(sent)
+    assert all(torch.equal(recorder.tensors[name], value) for name, value in sent.items())
+    assert report is not None and report.kv_scales == helpers.scales(2)
+    assert report.tensors == len(recorder.tensors)
+    assert report.kv_seconds >= 0.02
+
+
+def test_scales_that_follow_are_checked_like_those_that_come_along() -> None:
+    one_layer = replace(helpers.scales(2), layers=helpers.scales(2).layers[:1])
+    for measured, error, named in (
+        (helpers.scales(1), KVScaleError, "measured on version 1"),
+        (one_layer, SourceError, r"lacks 3 tensors: model\.layers\.1\.self_attn\.attn\.q_scale"),
+    ):
+        recorder = Recorder()
+        with (
+            Publisher(PLAN, recorder, kv_layers=helpers.LAYERS) as publisher,
+            pytest.raises(error, match=named),
+        ):
+            publisher.publish(helpers.source(0), version=2, kv_scales=lambda m=measured: m)
+        assert recorder.calls == ["start", "update"]  # never finished
+
+
+def test_scales_for_an_engine_that_takes_none_are_refused() -> None:
+    for kv_scales in (helpers.scales(0), lambda: helpers.scales(0)):
+        recorder = Recorder()
+        with (
+            Publisher(PLAN, recorder) as publisher,
+            pytest.raises(SourceError, match="was kv_layers set"),
+        ):
+            publisher.publish(helpers.source(0), version=0, kv_scales=kv_scales)
+        assert recorder.calls == []
 
 
 def test_a_tensor_of_another_model_shape_or_twice_is_refused() -> None:

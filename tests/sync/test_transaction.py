@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from fp8rl.errors import EngineDiedError, EngineError, StaleWeightsError
-from fp8rl.quant import NonFiniteWeightError
+from fp8rl.quant import KVScaleError, NonFiniteWeightError
 from fp8rl.rollout import RolloutEngine, Sample, Sampling
 from fp8rl.sync.manifest import digest
 from fp8rl.sync.publisher import Publisher
@@ -58,7 +58,8 @@ class FaultyWire:
     def update_weights(self, update_info: dict[str, Any]) -> None:
         if self.change is not None:
             self.change(update_info["manifest"], self.segment)
-        self.engine.update_weights(update_info)
+        if update_info["manifest"]:  # a wire can also lose one
+            self.engine.update_weights(update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self.engine.finish_weight_update(weight_version)
@@ -72,11 +73,15 @@ class Live:
     publisher: Publisher
     version: int = -1
 
-    def publish(self, seed: int, change: Change | None = None, scales_of: int | None = None) -> int:
+    def publish(self, seed: int, change: Change | None = None, *, follow: bool = False) -> int:
         self.version += 1
         self.wire.change = change
-        scales = helpers.scales(self.version if scales_of is None else scales_of)
-        self.publisher.publish(helpers.source(seed), version=self.version, kv_scales=scales)
+        scales = helpers.scales(self.version)
+        self.publisher.publish(
+            helpers.source(seed),
+            version=self.version,
+            kv_scales=(lambda: scales) if follow else scales,
+        )
         return self.version
 
     def generate(self, version: int) -> list[list[Sample]]:
@@ -147,6 +152,31 @@ def set_fields(of: str | None, **fields: Any) -> Change:
     return change
 
 
+def lose(manifest: dict[str, Any], segment: torch.Tensor) -> None:
+    manifest.clear()
+
+
+def in_the_weights(fault: Change) -> Change:
+    """Of an update whose scales follow: damage the first manifest only."""
+
+    def change(manifest: dict[str, Any], segment: torch.Tensor) -> None:
+        if manifest["kv_scales"] == "follow":
+            fault(manifest, segment)
+
+    return change
+
+
+def in_the_scales(fault: Change) -> Change:
+    """Of an update whose scales follow: damage the second manifest only."""
+
+    def change(manifest: dict[str, Any], segment: torch.Tensor) -> None:
+        if manifest["kv_scales"] != "follow":
+            fault(manifest, segment)
+
+    return change
+
+
+OTHER_WEIGHTS = {"version": 0, "observer": "amax", "tokens": 100}
 FAULTS: dict[str, tuple[Change, str]] = {
     "one byte of a weight flipped": (flip_a_byte(A_WEIGHT), A_WEIGHT),
     "one byte of a weight's scales flipped": (flip_a_byte(A_SCALE), A_SCALE),
@@ -162,6 +192,10 @@ FAULTS: dict[str, tuple[Change, str]] = {
     ),
     "a tensor of another shape": (set_fields("lm_head.weight", shape=[256, 64]), "lm_head.weight"),
     "no word on where the KV scales come from": (set_fields(None, kv_scales=None), "provenance"),
+    "KV scales of other weights": (
+        set_fields(None, kv_scales=OTHER_WEIGHTS),
+        "measured on version 0, the weights are version",
+    ),
     "an older version": (set_fields(None, version=0), "not newer"),
     "a place outside the segment": (
         set_fields("lm_head.weight", offset=2**40),
@@ -171,34 +205,51 @@ FAULTS: dict[str, tuple[Change, str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+FAULTS_OF_SCALES_THAT_FOLLOW: dict[str, tuple[Change, str]] = {
+    "the scales never come": (
+        in_the_scales(lose),
+        "its KV scales were to follow and never came: model.layers.0.self_attn.attn.q_scale",
+    ),
+    "the weights never came": (in_the_weights(lose), "KV scales came alone"),
+    "one scale is missing": (in_the_scales(leave_out(A_KV_SCALE)), f"1 missing: {A_KV_SCALE}"),
+    "they are those of other weights": (
+        in_the_scales(set_fields(None, kv_scales=OTHER_WEIGHTS)),
+        "measured on version 0",
+    ),
+    "a scale of zero": (in_the_scales(overwrite(A_KV_SCALE, 0, count=4)), A_KV_SCALE),
+}
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, *FAULTS_OF_SCALES_THAT_FOLLOW])
 def test_a_broken_update_is_named_serves_nothing_and_is_healed(
     fault: str, live: Live, fresh_answers: list[list[Sample]]
 ) -> None:
-    change, named = FAULTS[fault]
+    follow = fault in FAULTS_OF_SCALES_THAT_FOLLOW
+    change, named = (FAULTS_OF_SCALES_THAT_FOLLOW if follow else FAULTS)[fault]
     good = live.publish(seed=1)
     before = live.generate(good)
     with pytest.raises(EngineError) as refused:
-        live.publish(seed=2, change=change)
+        live.publish(seed=2, change=change, follow=follow)
     assert named in str(refused.value)
     for version in (live.version, good):  # neither the new weights nor the old
         with pytest.raises(StaleWeightsError, match="serves nothing until a good update"):
             live.generate(version)
 
-    healed = live.publish(seed=FINAL)
+    healed = live.publish(seed=FINAL, follow=follow)
     answers = live.generate(healed)
     assert {v for group in answers for sample in group for v in sample.versions} == {healed}
     assert words(answers) == words(fresh_answers)
     assert words(answers) != words(before)
 
 
-def test_scales_of_another_version_are_refused(live: Live) -> None:
-    live.publish(seed=1)
-    with pytest.raises(EngineError, match=r"measured on version 0.*version"):
-        live.publish(seed=2, scales_of=0)
+def test_scales_of_other_weights_are_refused_before_the_engine_hears_of_them(live: Live) -> None:
+    good = live.publish(seed=1)
+    before = live.generate(good)
+    with pytest.raises(KVScaleError, match=r"published with .* measured on version 0"):
+        live.publisher.publish(helpers.source(2), version=good + 1, kv_scales=helpers.scales(0))
     with pytest.raises(StaleWeightsError):
-        live.generate(live.version)
-    live.publish(seed=1)
+        live.generate(good + 1)
+    assert live.generate(good) == before
 
 
 def test_a_nan_in_the_trainer_leaves_the_engine_as_it_was(live: Live) -> None:

@@ -1,0 +1,350 @@
+"""What do KV-cache scales do to RL? The real loop with good, old and no scales, on two models.
+
+    python examples/kv_scales.py [KEY=VALUE ...]        (--help says more)
+
+Arms: all have FP8 weights, and of the rollout engine's KV cache
+
+    bf16-kv     BF16, no scales: the baseline
+    ones        FP8, every scale 1.0: what an engine uses to which nobody sent scales
+    once        FP8, calibrated on version 0 and never again
+    stale       FP8, calibrated on the version of N steps ago
+    every-step  FP8, calibrated on each version: what fp8rl does
+
+fp8rl refuses scales of another version than the weights, so `StudyScales` makes those in the open:
+it relabels them. Whatever was published, the loop reads the engine's own buffers after each publish
+of each arm, and stops if one differs (`Calibration.confirm`).
+
+Models: `qwen3` is that of grpo.yaml; norms on q and k keep both small. `qwen2` has biases instead.
+`qwen2-outliers` is the same with outlier channels planted in every layer's K bias after the
+warm-up. Qwen2.5-7B has them: the norm of its K bias is 605 in the first layer, 921 in the last
+(github.com/ggml-org/llama.cpp/issues/21385), here about 650; an FP8 cache made its sibling's
+rollouts gibberish (github.com/verl-project/verl/pull/4435). Massive values of K sit where RoPE
+hardly turns (arXiv 2502.01563), and so do ours: in the slowest quarter of each key head's pairs,
+of random sign and size S/2 to S.
+
+    logit(m, n) = q(m) . R(m - n) (k(n) + b) / sqrt(d)  ~  q(m) . (k(n) + b) / sqrt(d)
+
+R is nearly 1 there, so b shifts all logits of a query alike and softmax does not see it: in BF16
+the policy is what it was. E4M3 has 3 bits of mantissa: from 64 on its codes are 8 apart, from 128
+on 16, while k varies by about 1 from token to token. So k + b falls on one code or on the next, and
+the logit gets a rounding error for k. A power-of-two scale moves no code, and none of a whole
+tensor brings them closer.
+
+Each arm is a run folder, OUT/MODEL/ARM/seed-N. After a kill the same command keeps the arms that
+have ended and starts the one that was running anew. Left out: FP8 attention (no q is quantized).
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any
+
+import torch
+import typer
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from fp8rl.calibration import Calibration
+from fp8rl.config import RunConfig, load_config
+from fp8rl.doctor import check_machine
+from fp8rl.errors import ConfigError, RunDirError
+from fp8rl.loop import step
+from fp8rl.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, VERMILION
+from fp8rl.quant import E4M3_MAX, KVObserver, KVScales
+from fp8rl.rollout_batch import prompts_batch
+from fp8rl.run_dir import Metrics, RunDir
+from fp8rl.session import Session, open_session
+
+Model = StrEnum("Model", "qwen3 qwen2 qwen2-outliers")
+Arm = StrEnum("Arm", "bf16-kv ones once stale every-step")
+MODELS, ARMS = [Model("qwen3"), Model("qwen2-outliers")], list(Arm)
+COLOURS = dict(zip(ARMS, (GREY, VERMILION, ORANGE, PURPLE, BLUE), strict=True))
+CHANNELS = "key_channels.json"
+EXAMPLES = """
+Examples:
+
+- `python examples/kv_scales.py`: two models, five arms
+
+- `python examples/kv_scales.py --models qwen2-outliers --arms every-step --out runs/fp32
+  kv_scales.scale_format=fp32`: one arm with another rule
+"""
+
+app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode="markdown")
+
+
+@dataclass(frozen=True)
+class Study:
+    """One arm on one model with one seed: a run."""
+
+    model: Model
+    arm: Arm
+    seed: int
+    steps: int
+    stale: int
+    outlier: float
+    out: Path
+    overrides: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Model and arm, with their options."""
+        model = f"{self.model}-{self.outlier:g}" if "outliers" in self.model else self.model
+        return model, f"{self.arm}-{self.stale}" if self.arm == "stale" else self.arm
+
+    @property
+    def folder(self) -> RunDir:
+        return RunDir(self.out.joinpath(*self.names, f"seed-{self.seed}"))
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """Raises ConfigError where the overrides do not fit."""
+        settings = (
+            f"seed={self.seed}",
+            f"steps={self.steps}",
+            f"model.family={self.model.removesuffix('-outliers')}",
+            f"rollout.precision={'fp8' if self.arm == 'bf16-kv' else 'fp8-kv'}",
+            "kv_scales.measured_by=trainer",
+        )
+        config = load_config(Path(__file__).with_name("grpo.yaml"), [*self.overrides, *settings])
+        if config.world_size > 1:
+            raise ConfigError("the study has one trainer rank; leave out trainer.*_parallel")
+        check_machine(config)
+        return config.model_copy(update={"run_dir": self.folder.path})
+
+    def ended(self) -> bool:
+        """Whether it is done; raises RunDirError if it was done with another config."""
+        if not self.folder.result.is_file():
+            return False
+        done = load_config(self.folder.config).model_copy(update={"run_dir": self.folder.path})
+        if done != self.config:
+            raise RunDirError(f"{self.folder.path}: is of another config; take another --out")
+        return True
+
+    def run(self, command: str) -> None:
+        """Do it from the start, as fp8rl.loop.train would, with the scales of this arm."""
+        if self.folder.path.exists():
+            shutil.rmtree(self.folder.path)
+        with open_session(self.config, resume=False, command=command) as run:
+            if self.model == "qwen2-outliers":
+                plant_outliers(run, self.outlier)
+            late = {"ones": None, "once": self.steps, "stale": self.stale}
+            if self.arm in late:
+                run.calibration = StudyScales(run, late[self.arm])
+            (self.folder.path / CHANNELS).write_text(json.dumps(key_channels(run)))
+            assert run.engine is not None  # the trainer has one rank
+            capacity: Metrics = {"kv/cache_tokens": run.engine.kv_cache_tokens}
+            for version in range(self.steps + 1):
+                run.record(step(run, version) | capacity)
+
+
+class StudyScales(Calibration):
+    """Scales that fp8rl would not publish: of an older version, or 1.0; they say so."""
+
+    def __init__(self, run: Session, late: int | None) -> None:
+        """Calibrate ``late`` versions ago (on version 0 before that); with None use 1.0."""
+        usual = run.calibration
+        assert usual is not None  # the cache is FP8
+        sources = (run.config.kv_scales, run.trainer, run.engine)
+        super().__init__(*sources, prompts=usual.batch, fixed=usual.trained)
+        self._late = late
+        self._measured: list[KVScales] = []
+
+    def measure(self, version: int) -> KVScales:
+        """Return the scales to publish with ``version``; called once for each, from 0 on."""
+        fresh = super().measure(version)
+        assert isinstance(fresh, KVScales)  # kv_scales.measured_by is trainer
+        self._measured.append(fresh)
+        if self._late is None:
+            amax = torch.full((len(fresh.layers), 3), E4M3_MAX)
+            return KVScales.from_amax(amax, version=version, tokens=1, observer="study: none, 1.0")
+        used = self._measured[max(0, version - self._late)]
+        return replace(used, version=version, observer=f"study: measured on version {used.version}")
+
+
+def plant_outliers(run: Session, size: float) -> None:
+    """Add constants of ``size``/2 to ``size`` and random sign to the slowest channels of K."""
+    shape, state = run.config.model, run.trainer.state()
+    half, pairs = shape.head_dim // 2, shape.head_dim // 8  # a quarter of all pairs
+    slowest = [*range(half - pairs, half), *range(2 * half - pairs, 2 * half)]
+    for layer in range(shape.num_layers):
+        name = f"decoder.layers.{layer}.self_attention.linear_qkv.bias"
+        bias = state[f"master/{name}"].clone()
+        k = bias.view(shape.num_kv_heads, -1, shape.head_dim)[:, -2]  # queries, k, v of each head
+        generator = torch.Generator().manual_seed(layer)
+        draw = torch.rand(2, shape.num_kv_heads, len(slowest), generator=generator)
+        k[:, slowest] += size * (0.5 + 0.5 * draw[0]) * torch.where(draw[1] < 0.5, -1.0, 1.0)
+        state |= {f"master/{name}": bias, f"model/{name}": bias.bfloat16()}
+    run.trainer.load_state(state)
+
+
+class KeyObserver(KVObserver):
+    """Keeps the keys of layer 0: [tokens, heads, channels]."""
+
+    keys: tuple[torch.Tensor, ...] = ()
+
+    def observe(self, layer: int, q: Any, k: Any, v: Any, mask: Any = None, **heads: int) -> None:
+        super().observe(layer, q, k, v, mask, **heads)
+        if layer == 0:
+            self.keys += (k.detach().float()[... if mask is None else mask],)
+
+
+def key_channels(run: Session) -> dict[str, list[float]]:
+    """Largest |k| and its deviation, by channel (RoPE pair by pair) of layer 0's first head."""
+    observer = KeyObserver(run.trainer.attention_shape)
+    prompts = run.task.train_prompts(0, 64)
+    run.trainer.observe_kv(prompts_batch(run.task, prompts), observer)
+    k = torch.cat(observer.keys)[:, 0]
+    pairs = k.view(len(k), 2, -1).transpose(1, 2).flatten(1)
+    return {"amax": pairs.abs().amax(0).tolist(), "deviation": pairs.std(0).tolist()}
+
+
+def row(study: Study) -> dict[str, Any]:
+    """The numbers of an arm that has ended; None where a BF16 cache has none.
+
+    Means over steps; but of K's and V's elements clipped and lost to 0, the highest share.
+    """
+    lines = study.folder.metrics()
+    heldout, k3 = series(lines, "reward/heldout")[1], series(lines, "mismatch/k3")[1]
+    clipped = max(shares(lines, "kv_saturation/"), default=(None, None))
+    lost = max(shares(lines, "kv_underflow/"), default=(None, None))
+    changes = series(lines, "kv/changed")[1]
+    return dict(zip(("model", "arm"), study.names, strict=True)) | {
+        "seed": study.seed,
+        "heldout_start": heldout[0],
+        "heldout_end": heldout[-1],
+        "k3": fmean(k3),
+        "k3_last_quarter": fmean(k3[-max(1, len(k3) // 4) :]),
+        "exp_abs_diff": fmean(series(lines, "mismatch/exp_abs_diff")[1]),
+        "clipped": clipped[0],
+        "clipped_in": clipped[1] if clipped[0] else None,
+        "lost": lost[0],
+        "lost_in": lost[1] if lost[0] else None,
+        "changes": fmean(changes) if changes else None,
+        "kv_tokens": int(lines[0]["kv/cache_tokens"]),
+    }
+
+
+def series(lines: list[Metrics], key: str) -> tuple[list[float], list[float]]:
+    """The steps that have ``key``, and its values."""
+    found = [(float(line["step"]), float(line[key])) for line in lines if key in line]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def shares(lines: list[Metrics], kind: str) -> list[tuple[float, str]]:
+    """The highest share of the elements of any K or V in each step, and the layer; not the last."""
+    keys = [key for key in lines[0] if key.startswith(kind) and key[-1] in "kv"]
+    counted = lines[:-1] if keys else []
+    return [max((float(line[key]), key.removeprefix(kind)) for key in keys) for line in counted]
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """All numbers, a row for each arm."""
+    made = Table(*(key.replace("_", " ") for key in rows[0]))
+    made.columns[0].no_wrap = made.columns[1].no_wrap = True
+    for row in rows:
+        values = ("-" if value is None else value for value in row.values())
+        made.add_row(*(f"{x:.3g}" if isinstance(x, float) else str(x) for x in values))
+    return made
+
+
+def picture(studies: list[Study]) -> Figure:
+    """Reward, mismatch, what the scales clip and lose, K by channel; a column for each model."""
+    models = list(dict.fromkeys(study.names[0] for study in studies))
+    with rc_context(STYLE):
+        figure = Figure(figsize=(5.4 * len(models), 13), layout="constrained")
+        grid = figure.subplots(4, len(models), squeeze=False, sharey="row")
+        for model, axes in zip(models, grid.T.tolist(), strict=True):
+            chosen = [study for study in studies if study.names[0] == model]
+            for study in chosen:
+                draw_run(axes, study)
+            draw_channels(axes[3], chosen[0].folder.path / CHANNELS)
+            axes[0].set_title(f"{model}\nReward: held-out (dots), train (thin)")
+        legend = grid[0, 0].get_legend_handles_labels()
+        figure.legend(*legend, loc="outside upper center", ncols=len(ARMS), fontsize=11)
+    return figure
+
+
+def draw_run(axes: list[Axes], study: Study) -> None:
+    """One arm's lines in the three panels over steps."""
+    lines, colour = study.folder.metrics(), COLOURS[study.arm]
+    label = study.names[1] if study.seed == 0 else None
+    axes[0].plot(*series(lines, "reward/train"), color=colour, linewidth=0.8, alpha=0.5)
+    axes[0].plot(*series(lines, "reward/heldout"), color=colour, marker="o", label=label)
+    axes[0].set(xlabel="step", ylim=(0, None))
+    axes[1].plot(*series(lines, "mismatch/k3"), color=colour, linewidth=1.3)
+    axes[1].set(xlabel="step", yscale="log", title="Mismatch KL of rollout and trainer (k3, nats)")
+    for kind, dashes in (("kv_saturation/", "-"), ("kv_underflow/", ":")):
+        highest = [share for share, _ in shares(lines, kind)]
+        axes[2].plot(highest, color=colour, linestyle=dashes)
+    axes[2].set_title("Of K or V at most: clipped (solid), lost to 0 (dotted)")
+    axes[2].set_yscale("symlog", linthresh=1e-6)
+
+
+def draw_channels(axes: Axes, path: Path) -> None:
+    """K of one head by channel, beside the distance of E4M3's codes there."""
+    channels = json.loads(path.read_text())
+    amax = torch.tensor(channels["amax"])
+    codes = torch.exp2(torch.floor(torch.log2(amax)) - 3)  # 3 bits of mantissa
+    axes.plot(amax, color=BLUE, marker=".", linewidth=0.8, label="largest |k|")
+    axes.plot(codes, color=VERMILION, drawstyle="steps-mid", label="distance of E4M3's codes at it")
+    axes.plot(channels["deviation"], color=GREEN, marker=".", linewidth=0.8, label="deviation of k")
+    axes.set(yscale="log", ylim=(1e-2, 3e3), title="K of layer 0, head 0, before the first step")
+    axes.set_xlabel("channel, from RoPE's fastest pair to its slowest")
+    axes.legend(loc="upper left")
+
+
+@app.command(epilog=EXAMPLES)
+def main(
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")] = None,
+    models: Annotated[list[Model], typer.Option(help="One --models for each.")] = MODELS,
+    arms: Annotated[
+        list[Arm],
+        typer.Option(help="BF16 KV cache, or FP8 with scales 1.0, of version 0, stale, or fresh."),
+    ] = ARMS,
+    steps: Annotated[int, typer.Option(min=1, help="RL steps of each arm.")] = 60,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm, with seeds 0, 1, ...")] = 1,
+    stale: Annotated[int, typer.Option(min=1, help="By how many steps stale is late.")] = 10,
+    outlier: Annotated[float, typer.Option(min=1, help="Size S of the planted outliers.")] = 150.0,
+    out: Annotated[Path, typer.Option(help="Folder of the study.")] = Path("runs/kv-scales"),
+) -> None:
+    """Compare KV-cache scales on the real RL loop, some three minutes an arm on two cores.
+
+    KEY=VALUE replaces a value of grpo.yaml. Ends with a table, and result.json and kv_scales.png in
+    the study's folder. After a kill, the same command goes on, from the start of the arm that ran.
+    """
+    studies = [
+        Study(model, arm, seed, steps, stale, outlier, out, tuple(overrides or ()))
+        for model, arm, seed in product(models, arms, range(seeds))
+    ]
+    command, console = shlex.join(["python", *sys.argv]), Console()
+    try:
+        left = [study for study in studies if not study.ended()]
+        out.mkdir(parents=True, exist_ok=True)
+        with RunDir(out).locked():
+            for number, study in enumerate(left, start=1):
+                console.rule(f"arm {number} of {len(left)}: {study.folder.path}")
+                study.run(command)
+            rows = [row(study) for study in studies]
+            RunDir(out).write_result({"command": command, "arms": rows})
+            picture(studies).savefig(out / "kv_scales.png", dpi=130)
+    except (ConfigError, RunDirError) as error:
+        typer.echo(f"kv_scales: {error}", err=True)
+        raise typer.Exit(2) from error
+    Console(width=max(console.width, 140)).print(table(rows))
+    typer.echo(str(out))
+
+
+if __name__ == "__main__":
+    app()

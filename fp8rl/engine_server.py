@@ -1,0 +1,329 @@
+"""What the rollout engine's process does for each request: generate, update, measure, sleep.
+
+Requests to the model are *in flight* from ``submit`` until they have ended; ``step`` moves all of
+them on by one token. An update may land while some are in flight:
+
+    start   nothing is stepped from here on
+    update  apply and prove, once or twice; in between the KV scales may be measured (observe_kv)
+    finish  drop the KV cache, that of requests in flight too, then commit, then label
+
+Their cache holds keys and values of the old weights in the old scales. vLLM puts such requests back
+into its queue (``reset_running_requests``) and computes prompt and answer so far anew, so they go
+on exactly as from scratch; every token carries the version that sampled it. If an update fails, the
+requests in flight are aborted, and nothing is served until a good one lands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from fp8rl.errors import StaleWeightsError
+from fp8rl.sync.manifest import DTYPE_NAMES
+from fp8rl.sync.plugin import BACKEND
+
+SLEEP_TAGS = ("weights", "kv_cache")  # what vLLM can wake one by one
+PROBLEMS_SHOWN = 5
+
+
+@dataclass
+class Ticket:
+    """Requests submitted together: their ids in order, what became of them, or why nothing did."""
+
+    requests: list[str]
+    outputs: dict[str, Any] = field(default_factory=dict)
+    failure: str | None = None
+
+
+class EngineServer:
+    """Answers the trainer's requests on one vLLM ``LLM``; public methods are requests, but for
+    ``busy``, ``runs``, ``step`` and ``description``, which are for the loop around them.
+    """
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        from vllm import LLM
+        from vllm.platforms import current_platform
+
+        self._llm = LLM(
+            load_format="dummy",  # the weights come from the trainer, before anything is served
+            skip_tokenizer_init=True,
+            logprobs_mode="processed_logprobs",  # those of the distribution that was sampled from
+            weight_transfer_config={"backend": BACKEND},
+            enable_sleep_mode=current_platform.is_sleep_mode_available(),
+            **arguments,
+        )
+        self._tickets: dict[int, Ticket] = {}
+        self._in_flight: dict[str, int] = {}  # request id -> its ticket
+        self._submitted = 0
+        self._updating = False
+        self._asleep: set[str] = set()
+
+    def description(self) -> dict[str, Any]:
+        """What the engine is: the tensors that each worker takes, and its KV cache in tokens."""
+        cache = self._llm.llm_engine.vllm_config.cache_config
+        return {
+            "tensors": self._llm.collective_rpc(_list_tensors),
+            "kv_cache_tokens": cache.kv_cache_size_tokens,
+        }
+
+    @property
+    def busy(self) -> bool:
+        """Whether requests are in flight that may be stepped."""
+        return bool(self._in_flight) and not self._updating
+
+    def runs(self, ticket: int) -> bool:
+        """Whether steps bring that ticket nearer to its end."""
+        return self.busy and ticket in self._in_flight.values()
+
+    def step(self) -> None:
+        """Move every request in flight on; keep the outputs of those that have ended."""
+        for output in self._llm.llm_engine.step():
+            if output.finished:
+                ticket = self._in_flight.pop(output.request_id)
+                self._tickets[ticket].outputs[output.request_id] = output
+
+    def worker_report(self) -> list[dict[str, Any]]:
+        """For each worker: the live weight-transfer backend, its version and why it refuses."""
+        reports: list[dict[str, Any]] = self._llm.collective_rpc(_describe_receiver)
+        return reports
+
+    def kv_state(self) -> list[dict[str, Any]]:
+        """For each worker: the KV scales that its attention layers hold, read live."""
+        return self._receivers("kv_state")
+
+    def submit(
+        self, prompts: list[list[int]], version: int, sampling: dict[str, Any], seeds: list[int]
+    ) -> int:
+        """Begin to sample completions under weights not older than ``version``.
+
+        Returns the ticket for which ``collect`` gives them.
+
+        Raises:
+            StaleWeightsError: no proven weights of that version or a newer one are loaded.
+        """
+        from vllm import SamplingParams
+
+        self._refuse_if_stale(version)
+        parameters = [
+            SamplingParams(seed=seed, logprobs=0, detokenize=False, **sampling) for seed in seeds
+        ]
+        added = self._llm.enqueue(_inputs(prompts), parameters, use_tqdm=False)
+        requests = [name.partition("-")[0] for name in added]  # the rest is vLLM's own
+        self._submitted += 1
+        self._tickets[self._submitted] = Ticket(requests)
+        self._in_flight |= dict.fromkeys(requests, self._submitted)
+        return self._submitted
+
+    def collect(self, ticket: int) -> list[list[dict[str, Any]]]:
+        """For each prompt and sample: tokens, behaviour log-probs and the version of each token.
+
+        Raises:
+            StaleWeightsError: an update failed while they were in flight, which were aborted; or
+                one is under way, and the ticket can be collected when it is finished.
+            ValueError: no such ticket.
+        """
+        if ticket not in self._tickets:
+            raise ValueError(f"ticket {ticket} was never given, or has been collected")
+        if ticket in self._in_flight.values():
+            raise StaleWeightsError(
+                f"ticket {ticket} is held by an update under way; finish it, then collect"
+            )
+        ended = self._tickets.pop(ticket)
+        if ended.failure is not None:
+            raise StaleWeightsError(ended.failure)
+        outputs = [ended.outputs[request] for request in ended.requests]
+        return [[_sample(completion) for completion in output.outputs] for output in outputs]
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Tell every worker where the trainer's segment lies."""
+        self._llm.init_weight_transfer_engine({"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        """Begin an update; nothing is stepped or served until it is finished."""
+        if "weights" in self._asleep:
+            raise RuntimeError("the engine's weights sleep; wake_up before an update")
+        if self._updating:
+            self._end_session()  # the trainer gave the last one up; what it held stays held
+        self._updating = True
+        with self._all_or_nothing():
+            self._llm.start_weight_update()
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Apply and prove one manifest in every worker."""
+        with self._all_or_nothing():
+            self._llm.update_weights({"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str) -> None:
+        """Drop the KV cache of the old weights, commit the new ones and label them."""
+        with self._all_or_nothing():
+            self._drop_cache()
+            self._llm.finish_weight_update(weight_version)
+        self._updating = False
+
+    def observe_kv(self, prompts: list[list[int]], histogram: bool) -> dict[str, Any]:
+        """Run prompts through the weights just applied; what their q, k and v were, as JSON values.
+
+        Raises:
+            RuntimeError: no update is under way; the KV cache sleeps; or requests are in flight,
+                which vLLM's scheduler would run beside the prompts. In the last case the update
+                fails.
+        """
+        from vllm import SamplingParams
+
+        if not self._updating:
+            raise RuntimeError("observe_kv is for an update under way, after its weights")
+        if self._asleep:
+            raise RuntimeError("the KV cache sleeps; wake_up before its scales are measured")
+        with self._all_or_nothing():
+            self._refuse_in_flight("measures KV scales")
+            self._drop_cache()  # no prefix may be skipped; finish drops what comes in now
+            self._receivers("start_observation", True, histogram)
+            once = SamplingParams(max_tokens=1, detokenize=False)
+            added: list[str] = []
+            try:
+                added = self._llm.enqueue(_inputs(prompts), once, use_tqdm=False)
+                self._llm.wait_for_completion(use_tqdm=False)
+            finally:
+                self._llm.llm_engine.abort_request(added, internal=True)  # where a step failed
+                [seen] = self._receivers("end_observation")  # of the one worker there is
+        return dict(seen)
+
+    def sleep(self, level: int) -> None:
+        """Give memory back: 1 keeps the weights in host memory, 2 discards them.
+
+        Raises:
+            ValueError: another level. RuntimeError: requests or an update are under way, or it
+                sleeps already.
+        """
+        if level not in (1, 2):
+            raise ValueError(f"sleep level {level}: expected 1 (keep weights) or 2 (discard them)")
+        self._refuse_in_flight("sleeps")
+        if self._updating:
+            raise RuntimeError("an update is under way; finish it before the engine sleeps")
+        if self._asleep:
+            raise RuntimeError(f"the engine sleeps already ({sorted(self._asleep)}); wake_up first")
+        self._receivers("slept", level)
+        self._llm.sleep(level)
+        self._asleep = set(SLEEP_TAGS)
+
+    def wake_up(self, tags: Sequence[str] | None) -> None:
+        """Take memory again, that of ``tags`` or all; once all is back the scales are written anew.
+
+        Raises:
+            ValueError: a tag that does not sleep.
+        """
+        woken = self._asleep if tags is None else set(tags)
+        if not woken <= self._asleep:
+            raise ValueError(f"wake_up of {sorted(woken)}, but asleep are {sorted(self._asleep)}")
+        if not woken:
+            return
+        self._llm.wake_up(sorted(woken))
+        self._asleep -= woken
+        if not self._asleep:
+            self._receivers("woke")
+
+    def _refuse_if_stale(self, version: int) -> None:
+        if self._asleep:
+            raise StaleWeightsError(f"the engine sleeps ({sorted(self._asleep)}); wake_up first")
+        for worker in self.worker_report():
+            if worker["failure"] is not None:
+                raise StaleWeightsError(
+                    f"the engine serves nothing until a good update lands: {worker['failure']}"
+                )
+            if worker["version"] < version:
+                raise StaleWeightsError(
+                    f"weights of version {version} were asked for, the engine holds "
+                    f"{worker['version']}; publish version {version} first"
+                )
+        problems = [problem for worker in self._receivers("scale_problems") for problem in worker]
+        if problems:
+            raise StaleWeightsError(
+                f"{len(problems)} KV scale(s) are not those that were published, as after a reload "
+                f"of the model; publish again: {'; '.join(problems[:PROBLEMS_SHOWN])}"
+            )
+
+    def _refuse_in_flight(self, what: str) -> None:
+        if self._in_flight:
+            tickets = sorted(set(self._in_flight.values()))
+            raise RuntimeError(
+                f"ticket(s) {tickets} are in flight; collect them before the engine {what}"
+            )
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Any error inside fails the update, and with it the requests that waited for it."""
+        try:
+            yield
+        except (ValueError, RuntimeError) as error:
+            self._llm.llm_engine.abort_request(list(self._in_flight))
+            for ticket in self._in_flight.values():
+                self._tickets[ticket].failure = (
+                    f"ticket {ticket} was in flight when an update failed, so it was aborted; "
+                    f"publish and submit again: {type(error).__name__}: {error}"
+                )
+            self._in_flight.clear()
+            self._end_session()
+            self._updating = False
+            raise
+
+    def _end_session(self) -> None:
+        """End vLLM's update session, which stays open where an update was not finished.
+
+        A chunk that fails ends it; this one never reaches the receiver. Where none is open vLLM
+        raises too, and that is as good.
+        """
+        with suppress(ValueError, RuntimeError):
+            self._llm.update_weights({"update_info": {}})
+
+    def _drop_cache(self) -> None:
+        if not self._llm.reset_prefix_cache(reset_running_requests=True):
+            raise RuntimeError("vLLM could not reset its prefix cache")
+
+    def _receivers(self, method: str, *arguments: Any) -> list[Any]:
+        """Call a method of the receiver in every worker."""
+        results: list[Any] = self._llm.collective_rpc(_call_receiver, args=(method, *arguments))
+        return results
+
+
+def _call_receiver(worker: Any, method: str, *arguments: Any) -> Any:
+    """Run inside a worker."""
+    return getattr(worker.weight_transfer_engine, method)(*arguments)
+
+
+def _describe_receiver(worker: Any) -> dict[str, Any]:
+    """Run inside a worker: what its weight-transfer engine is and holds."""
+    receiver = worker.weight_transfer_engine
+    report = receiver.report
+    return {
+        "backend": type(receiver).__name__,
+        "version": receiver.version,
+        "failure": receiver.failure,
+        "tensors_proven": report.tensors_proven if report else 0,
+        "kv_scales_proven": report.kv_scales_proven if report else 0,
+        "seconds": report.seconds if report else {},
+    }
+
+
+def _list_tensors(worker: Any) -> list[Any]:
+    """Run inside a worker: name, dtype and shape of each tensor that its model takes."""
+    expected = worker.weight_transfer_engine.expected.values()
+    return [[t.name, DTYPE_NAMES[t.dtype], list(t.shape)] for t in expected]
+
+
+def _inputs(prompts: list[list[int]]) -> list[dict[str, list[int]]]:
+    return [{"prompt_token_ids": prompt} for prompt in prompts]
+
+
+def _sample(completion: Any) -> dict[str, Any]:
+    """One vLLM completion as JSON values."""
+    tokens = list(completion.token_ids)
+    logprobs = [
+        step[token].logprob for step, token in zip(completion.logprobs, tokens, strict=True)
+    ]
+    versions = [0] * len(tokens)
+    for span in completion.weight_versions:
+        for position in range(span.start, span.end):
+            versions[position] = int(span.version)
+    return {"tokens": tokens, "logprobs": logprobs, "versions": versions}
