@@ -43,7 +43,7 @@ import sys
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -70,7 +70,7 @@ from fp8rl.session import Session, open_session
 Model = StrEnum("Model", "qwen3 qwen2 qwen2-outliers")
 Arm = StrEnum("Arm", "bf16-kv ones once stale every-step")
 MODELS, ARMS = [Model("qwen3"), Model("qwen2-outliers")], list(Arm)
-COLOURS = dict(zip(ARMS, (GREY, VERMILION, ORANGE, PURPLE, BLUE), strict=True))
+COLOURS = (GREY, VERMILION, ORANGE, PURPLE, BLUE)  # of ARMS
 CHANNELS = "key_channels.json"
 EXAMPLES = """
 Examples:
@@ -219,7 +219,7 @@ def row(study: Study) -> dict[str, Any]:
     heldout, k3 = series(lines, "reward/heldout")[1], series(lines, "mismatch/k3")[1]
     clipped = max(shares(lines, "kv_saturation/"), default=(None, None))
     lost = max(shares(lines, "kv_underflow/"), default=(None, None))
-    changes = series(lines, "kv/changed")[1]
+    scales = [key for key in lines[0] if key.startswith("kv_scale/") and key[-1] in "kv"]
     return dict(zip(("model", "arm"), study.names, strict=True)) | {
         "seed": study.seed,
         "heldout_start": heldout[0],
@@ -231,7 +231,7 @@ def row(study: Study) -> dict[str, Any]:
         "clipped_in": clipped[1] if clipped[0] else None,
         "lost": lost[0],
         "lost_in": lost[1] if lost[0] else None,
-        "changes": fmean(changes) if changes else None,
+        "changes_of_k_and_v": sum(a[x] != b[x] for a, b in pairwise(lines) for x in scales),
         "kv_tokens": int(lines[0]["kv/cache_tokens"]),
     }
 
@@ -250,12 +250,11 @@ def shares(lines: list[Metrics], kind: str) -> list[tuple[float, str]]:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """All numbers, a row for each arm."""
-    made = Table(*(key.replace("_", " ") for key in rows[0]))
-    made.columns[0].no_wrap = made.columns[1].no_wrap = True
-    for row in rows:
-        values = ("-" if value is None else value for value in row.values())
-        made.add_row(*(f"{x:.3g}" if isinstance(x, float) else str(x) for x in values))
+    """One model's numbers, a column for each arm."""
+    made = Table(rows[0]["model"], *(row["arm"] for row in rows))
+    for key in list(rows[0])[2:]:
+        values = ("-" if row[key] is None else row[key] for row in rows)
+        made.add_row(key, *(f"{x:.3g}" if isinstance(x, float) else str(x) for x in values))
     return made
 
 
@@ -277,17 +276,17 @@ def picture(studies: list[Study]) -> Figure:
 
 
 def draw_run(axes: list[Axes], study: Study) -> None:
-    """One arm's lines in the three panels over steps."""
-    lines, colour = study.folder.metrics(), COLOURS[study.arm]
+    """One arm's lines in the three panels over steps; thinner than those below it."""
+    lines, arm = study.folder.metrics(), ARMS.index(study.arm)
+    style: dict[str, Any] = {"color": COLOURS[arm], "linewidth": 3.6 - 0.6 * arm}
     label = study.names[1] if study.seed == 0 else None
-    axes[0].plot(*series(lines, "reward/train"), color=colour, linewidth=0.8, alpha=0.5)
-    axes[0].plot(*series(lines, "reward/heldout"), color=colour, marker="o", label=label)
+    axes[0].plot(*series(lines, "reward/train"), color=COLOURS[arm], linewidth=0.8, alpha=0.5)
+    axes[0].plot(*series(lines, "reward/heldout"), marker="o", label=label, **style)
     axes[0].set(xlabel="step", ylim=(0, None))
-    axes[1].plot(*series(lines, "mismatch/k3"), color=colour, linewidth=1.3)
+    axes[1].plot(*series(lines, "mismatch/k3"), **style)
     axes[1].set(xlabel="step", yscale="log", title="Mismatch KL of rollout and trainer (k3, nats)")
     for kind, dashes in (("kv_saturation/", "-"), ("kv_underflow/", ":")):
-        highest = [share for share, _ in shares(lines, kind)]
-        axes[2].plot(highest, color=colour, linestyle=dashes)
+        axes[2].plot([share for share, _ in shares(lines, kind)], linestyle=dashes, **style)
     axes[2].set_title("Of K or V at most: clipped (solid), lost to 0 (dotted)")
     axes[2].set_yscale("symlog", linthresh=1e-6)
 
@@ -342,7 +341,8 @@ def main(
     except (ConfigError, RunDirError) as error:
         typer.echo(f"kv_scales: {error}", err=True)
         raise typer.Exit(2) from error
-    Console(width=max(console.width, 140)).print(table(rows))
+    for model in dict.fromkeys(row["model"] for row in rows):
+        console.print(table([row for row in rows if row["model"] == model]))
     typer.echo(str(out))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,7 +71,10 @@ Examples:
 
 def main() -> None:
     """Entry point of the ``fp8rl`` command."""
-    app()
+    try:
+        app()
+    finally:  # the exit code is decided: one more Ctrl-C must not replace it by the signal's
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @app.command(epilog=TRAIN_EXAMPLES)

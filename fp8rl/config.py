@@ -298,18 +298,20 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 def _explain(item: dict[str, Any]) -> str:
     """One of pydantic's complaints as one sentence."""
-    where, known = _locate(item["loc"])
+    where, known, kinds = _locate(item["loc"])
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(where.rpartition(".")[2], known, n=1, cutoff=0.0)
         return f"unknown key {where!r}; did you mean {near[0]!r}?"
+    if item["type"] == "union_tag_not_found":
+        return f"{where}: has no kind; set {where}.kind to one of {', '.join(kinds)}"
     message = str(item["msg"]).removeprefix("Value error, ")
     found = item["input"]
     shown = "" if isinstance(found, dict | BaseModel) else f" (found {found!r})"
     return f"{where or 'config'}: {message}{shown}"
 
 
-def _locate(location: Sequence[str | int]) -> tuple[str, list[str]]:
-    """The dotted key that a location means, and the keys known where its last part stands.
+def _locate(location: Sequence[str | int]) -> tuple[str, list[str], list[str]]:
+    """The dotted key that a location means, the keys known where it stands, the kinds it may have.
 
     Inside a tagged union pydantic adds the tag to the location; a tag is no key and is left out.
     """
@@ -328,7 +330,7 @@ def _locate(location: Sequence[str | int]) -> tuple[str, list[str]]:
         if len(kinds) == 1:
             model = kinds[0]
         variants = {kind.model_fields["kind"].default: kind for kind in kinds if len(kinds) > 1}
-    return ".".join(path), known
+    return ".".join(path), known, [str(kind) for kind in variants]
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -165,30 +165,25 @@ class EngineServer:
     def observe_kv(self, prompts: list[list[int]], histogram: bool) -> dict[str, Any]:
         """Run prompts through the weights just applied; what their q, k and v were, as JSON values.
 
+        The forward reads its own FP8 cache, under the scales of the last version. Where these
+        clipped something, the layers behind saw what was left, so it is run once more under scales
+        that do not.
+
         Raises:
             RuntimeError: no update is under way; the KV cache sleeps; or requests are in flight,
                 which vLLM's scheduler would run beside the prompts. In the last case the update
                 fails.
         """
-        from vllm import SamplingParams
-
         if not self._updating:
             raise RuntimeError("observe_kv is for an update under way, after its weights")
         if self._asleep:
             raise RuntimeError("the KV cache sleeps; wake_up before its scales are measured")
         with self._all_or_nothing():
             self._refuse_in_flight("measures KV scales")
-            self._drop_cache()  # no prefix may be skipped; finish drops what comes in now
-            self._receivers("start_observation", True, histogram)
-            once = SamplingParams(max_tokens=1, detokenize=False)
-            added: list[str] = []
-            try:
-                added = self._llm.enqueue(_inputs(prompts), once, use_tqdm=False)
-                self._llm.wait_for_completion(use_tqdm=False)
-            finally:
-                self._llm.llm_engine.abort_request(added, internal=True)  # where a step failed
-                [seen] = self._receivers("end_observation")  # of the one worker there is
-        return dict(seen)
+            seen = self._observe(prompts, histogram)
+            if any(self._receivers("hold_scales_for", seen)):
+                seen = self._observe(prompts, histogram)
+        return seen
 
     def sleep(self, level: int) -> None:
         """Give memory back: 1 keeps the weights in host memory, 2 discards them.
@@ -223,6 +218,22 @@ class EngineServer:
         self._asleep -= woken
         if not self._asleep:
             self._receivers("woke")
+
+    def _observe(self, prompts: list[list[int]], histogram: bool) -> dict[str, Any]:
+        """Observe one forward on prompts."""
+        from vllm import SamplingParams
+
+        self._drop_cache()  # no prefix may be skipped; finish drops what comes in now
+        self._receivers("start_observation", True, histogram)
+        once = SamplingParams(max_tokens=1, detokenize=False)
+        added: list[str] = []
+        try:
+            added = self._llm.enqueue(_inputs(prompts), once, use_tqdm=False)
+            self._llm.wait_for_completion(use_tqdm=False)
+        finally:
+            self._llm.llm_engine.abort_request(added, internal=True)  # where a step failed
+            [seen] = self._receivers("end_observation")  # of the one worker there is
+        return dict(seen)
 
     def _refuse_if_stale(self, version: int) -> None:
         if self._asleep:

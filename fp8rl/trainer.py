@@ -107,14 +107,15 @@ class MegatronTrainer:
     ) -> Float32[Tensor, "batch time"]:
         """Score a batch: fp32 [B, S], 0.0 where ``response_mask`` is False; same on every rank.
 
-        ``observer`` sees q, k and v of this rank's layers and heads at every real token.
+        ``observer`` sees q, k and v of this rank's layers and heads at the real tokens of the
+        first micro-batch, which is enough to count on and costs little.
         """
 
         def finish(micro: MicroBatch, logits: Tensor, non_loss_data: bool) -> Tensor:
             return self._log_probs(micro, logits)[: micro.real]
 
         width = batch.tokens.shape[1] - 1
-        parts = self._run(batch, finish, width=width, train=False, observer=observer)
+        parts = self._run(batch, finish, width=width, train=False, observer=observer, observed=1)
         result = torch.cat(parts) if parts else torch.empty(batch.tokens.shape)
         return self._from_last_stage(result)
 
@@ -206,11 +207,13 @@ class MegatronTrainer:
         width: int,
         train: bool,
         observer: KVObserver | None = None,
+        observed: int | None = None,
     ) -> list[Any]:
         """Run Megatron's schedule on the first ``width`` tokens of each row.
 
         ``finish(micro, logits)`` runs on the last stage; its results are returned there, in the
-        order of the rows, and elsewhere the list is empty. ``observer`` sees q, k and v.
+        order of the rows, and elsewhere the list is empty. ``observer`` sees q, k and v of the
+        first ``observed`` micro-batches, or of all.
         """
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -218,10 +221,13 @@ class MegatronTrainer:
         causal = torch.ones(1, 1, width, width, dtype=torch.bool).triu(1)  # True: not attended
         positions = torch.arange(width)
 
-        def forward(data: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
-            micro = next(data)
+        def forward(
+            data: Iterator[tuple[int, MicroBatch]], model: Any
+        ) -> tuple[Tensor, Callable[..., Any]]:
+            index, micro = next(data)
             if watch is not None:
                 watch.token_mask = micro.token_mask[:, :width]
+                watch.paused = observed is not None and index >= observed
             tokens = micro.tokens[:, :width]
             output = model(tokens, positions.expand_as(tokens), causal)
             return output, partial(finish, micro)
@@ -231,7 +237,7 @@ class MegatronTrainer:
         with cpu_stands_in(), held, watched as watch:  # the weights change only between runs
             results = get_forward_backward_func()(
                 forward_step_func=forward,
-                data_iterator=iter(micros),
+                data_iterator=enumerate(micros),
                 model=self._ddp,
                 num_microbatches=len(micros),
                 seq_length=width,

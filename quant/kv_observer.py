@@ -30,11 +30,12 @@ from fp8rl.quant.kv_observation import (
     BINS,
     BITS_OF,
     SATURATED,
+    UNDERFLOWED,
     AttentionShape,
     KVObservation,
     largest_bits_at_most,
 )
-from fp8rl.quant.kv_scales import QKV, KVScales
+from fp8rl.quant.kv_scales import QKV, KVScales, Projection
 from fp8rl.quant.scales import E4M3_MAX
 
 UNDERFLOW: Final = 2.0**-10  # half of E4M3's smallest number; a tie rounds to 0
@@ -55,10 +56,11 @@ class _Heads(NamedTuple):
 
     def columns(self, shape: AttentionShape) -> list[slice]:
         """Where q, k and v of these heads stand in a `KVObservation`."""
-        first, count = (self.first_q, self.first_kv, self.first_kv), (self.q, self.kv, self.kv)
+        q, kv = (self.first_q, self.q), (self.first_kv, self.kv)
+        held: dict[Projection, tuple[int, int]] = {"q": q, "k": kv, "v": kv}
         found = []
-        for index, x in enumerate(QKV):
-            start, heads, whole = first[index], count[index], shape.columns(x)
+        for x, (start, heads) in held.items():
+            whole = shape.columns(x)
             of_model = whole.stop - whole.start
             if start < 0 or start + heads > of_model:
                 raise KVScaleError(
@@ -136,25 +138,33 @@ class KVObserver:
 
     def observation(self) -> KVObservation:
         """Return what was seen so far, on the CPU."""
-        shape = self.shape
-        amax_bits = torch.zeros(shape.layers, shape.heads, dtype=torch.int32)
-        tokens = torch.zeros(shape.layers, shape.heads, dtype=torch.int64)
-        counts = torch.zeros(shape.layers, len(QKV), 3, dtype=torch.int64)
+        shape, kinds = self.shape, range(len(QKV))
+        amax_bits = [[0] * shape.heads for _ in range(shape.layers)]
+        tokens = [[0] * shape.heads for _ in range(shape.layers)]
+        counts = [[[0, 0, 0] for _ in kinds] for _ in range(shape.layers)]
         histogram = torch.zeros(shape.layers, len(QKV), self._bins, dtype=torch.int64)
         for heads, seen in self._seen.items():
-            columns, layer, real = heads.columns(shape), heads.layer, int(seen.tokens)
-            largest = seen.largest.view(heads.dtype).float().view(torch.int32).cpu()
-            sizes = [column.stop - column.start for column in columns]
-            of_parts = torch.split(largest, sizes)
-            for x, (column, found) in enumerate(zip(columns, of_parts, strict=True)):
-                amax_bits[layer, column] = torch.maximum(amax_bits[layer, column], found)
-                tokens[layer, column] += real
-                counts[layer, x, ALL] += real * sizes[x] * seen.channels[x]
-            counts[layer, :, SATURATED:] += seen.beyond.cpu()  # and underflowed
-            histogram[layer] += seen.histogram.cpu()
+            layer, real, beyond = heads.layer, int(seen.tokens), seen.beyond.tolist()
+            largest = iter(seen.largest.view(heads.dtype).float().view(torch.int32).tolist())
+            for x, columns in enumerate(heads.columns(shape)):
+                for head in range(columns.start, columns.stop):
+                    amax_bits[layer][head] = max(amax_bits[layer][head], next(largest))
+                    tokens[layer][head] += real
+                counts[layer][x][ALL] += real * (columns.stop - columns.start) * seen.channels[x]
+                counts[layer][x][SATURATED] += beyond[x][0]
+                counts[layer][x][UNDERFLOWED] += beyond[x][1]
+            if self._bins:
+                histogram[layer] += seen.histogram.cpu()
+        elements = torch.tensor(counts)
         if self._bins:  # the zeros that stand for padding
-            histogram[:, :, 0] -= histogram.sum(2) - counts[:, :, ALL]
-        return KVObservation(shape, amax_bits, tokens, counts, histogram if self._bins else None)
+            histogram[:, :, 0] -= histogram.sum(2) - elements[:, :, ALL]
+        return KVObservation(
+            shape,
+            torch.tensor(amax_bits, dtype=torch.int32),
+            torch.tensor(tokens),
+            elements,
+            histogram if self._bins else None,
+        )
 
     def _nothing(self, heads: _Heads, shapes: list[torch.Size], device: torch.device) -> _Seen:
         heads.columns(self.shape)  # raises where the model has no such heads

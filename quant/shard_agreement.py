@@ -34,8 +34,9 @@ class Peers:
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         if not dist.is_initialized():
             raise ShardError(
-                "torch.distributed is not initialized: call init_process_group first; where one "
-                "process holds all, quantize_blockwise, or the observation as it is, needs no group"
+                "torch.distributed is not initialized: call init_process_group first, or "
+                "quantize_blockwise where one process holds the whole weight (a KV observation is "
+                "then complete as it is)"
             )
         self.group = group
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)

@@ -95,6 +95,8 @@ def _see(
     kwargs: Mapping[str, Any],
 ) -> None:
     """The pre-hook: show the real tokens among what an attention layer is given."""
+    if watch.paused:
+        return
     if watch.token_mask is not None:
         raise KVScaleError("the engine knows its real tokens; leave token_mask at None")
     metadata = get_forward_context().attn_metadata

@@ -76,7 +76,7 @@ class HuggingFaceQKV:
             attention_mask[0] = given.get("attention_mask")
 
         def see(module: Any, q: Tensor, k: Tensor, v: Tensor) -> None:
-            if module in self._tables:
+            if module in self._tables and not watch.paused:
                 check_forward(module.layer_idx, q.shape[2], k.shape[2])
                 mask = watch.token_mask
                 if mask is None:

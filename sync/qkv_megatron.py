@@ -102,6 +102,8 @@ def _see(
     kwargs: Mapping[str, Any],
 ) -> None:
     """The pre-hook: show what core attention is given."""
+    if watch.paused:
+        return
     given = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
     q, k, v = (given[name] for name in _ARGUMENTS[:3])
     number, attention = layer.layer_number - 1, layer.self_attention

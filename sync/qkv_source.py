@@ -30,11 +30,12 @@ from fp8rl.quant import AttentionShape, KVObserver, KVScaleError
 class QKVWatch:
     """What the caller says of the forward to come.
 
-    token_mask: bool [batch, time], True at real tokens; None where all are real. It holds until it
-    is set again.
+    token_mask: bool [batch, time], True at real tokens; None where all are real. paused: whether
+    forwards go unobserved. Both hold until they are set again.
     """
 
     token_mask: Tensor | None = None
+    paused: bool = False
 
 
 @runtime_checkable

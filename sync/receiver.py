@@ -36,7 +36,7 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
-from fp8rl.quant import KVObserver, KVScaleError
+from fp8rl.quant import KVObservation, KVObserver, KVScaleError, KVScales
 from fp8rl.sync.admission import admit_scales, admit_weights, copy_verified, shown
 from fp8rl.sync.engine_scales import (
     held_scales,
@@ -227,6 +227,21 @@ class ShmReceiver(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         self._watch.close()
         observer, self._observer = self._observer, None
         return observer.observation().to_json()
+
+    def hold_scales_for(self, seen: dict[str, Any]) -> bool:
+        """Compute on under scales that clip nothing of what was observed; False if none does now.
+
+        They are for measuring only: the scales to be published are still awaited. Raises
+        KVScaleError where NaN, Inf or only zeros were observed.
+        """
+        observation = KVObservation.from_json(seen)
+        if self._update is None or not bool(observation.saturation().any()):
+            return False
+        fitting = KVScales.from_amax(
+            observation.amax(), version=self._update.version, tokens=observation.tokens
+        )
+        self._set_scales(fitting.tensors())
+        return True
 
     def slept(self, level: int) -> None:
         """Say that the engine went to sleep; level 2 discards its weights.

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from fp8rl.engine_process import Lines
 from fp8rl.errors import EngineError, StaleWeightsError
@@ -140,6 +141,19 @@ def test_the_engine_measures_the_weights_of_an_update_under_way(live: Live) -> N
     live.publish(seed=3, kv_scales=measure)
     assert [o.tokens for o in seen] == [sum(map(len, prompts))] * 2
     assert len(live.engine.collect(live.submit(SHORT))) == len(PROMPTS)
+
+
+def test_scales_that_clip_do_not_spoil_what_is_measured_under_them(live: Live) -> None:
+    seen: list[KVObservation] = []
+
+    def measure() -> KVScales:
+        seen.append(live.engine.observe_kv(PROMPTS, histogram=False))
+        return helpers.scales(live.version)
+
+    for factor in (1e-3, 1.0):
+        live.publish(seed=3, kv_scales=helpers.scales(live.version + 1, factor))
+        live.publish(seed=3, kv_scales=measure)
+    assert torch.allclose(seen[0].amax(), seen[1].amax(), rtol=0.02)
 
 
 def test_the_engine_does_not_measure_outside_an_update_or_beside_requests(live: Live) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -17,11 +18,15 @@ from fp8rl.rollout_batch import rollout_batch
 from fp8rl.stopping import StopRequest
 from fp8rl.task import DigitTask
 from tests.fp8rl.conftest import Whole
-from tests.fp8rl.run_helpers import STEPS, TINY, Command, metrics
+from tests.fp8rl.run_helpers import STEPS, TINY, Command, metrics, write_config
 
 ALWAYS = {"step", "version", "sync/bytes", "sync/bf16_bytes", "sync/seconds", "time/step"}
 LEARNED = {"reward/train", "loss", "grad_norm", "mismatch/k3", "rollout/tokens_per_second"}
-SCALES = {f"kv_scale/{layer}/{x}" for layer in range(2) for x in "qkv"}
+TENSORS = [f"{layer}/{x}" for layer in range(2) for x in "qkv"]
+SCALES = {"kv/tokens", *(f"kv_scale/{tensor}" for tensor in TENSORS)}
+RATES = {"kv/saturation_max"} | {
+    f"kv_{rate}/{tensor}" for rate in ("saturation", "underflow") for tensor in TENSORS
+}
 
 
 def test_a_run_ends_well_and_leaves_no_process_and_no_memory(whole: Whole) -> None:
@@ -40,7 +45,27 @@ def test_every_step_has_one_line_of_metrics_and_the_last_version_is_published(wh
     assert [line["step"] for line in lines] == list(range(STEPS + 1))
     assert all(line["version"] == line["step"] for line in lines)
     assert all(line.keys() >= ALWAYS | SCALES for line in lines)
-    assert all(line.keys() >= LEARNED for line in lines[:-1])
+    assert all(line.keys() >= LEARNED | RATES for line in lines[:-1])
+    assert all(0 < line["kv/tokens"] <= TINY["kv_scales"]["calibration_tokens"] for line in lines)
+
+
+@pytest.mark.slow
+def test_scales_measured_in_the_engine_serve_a_bf16_model_with_an_fp8_cache(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    end = Command(
+        folder,
+        write_config(tmp_path),
+        *(f"run_dir={folder}", "steps=3", "warmup.steps=5", "rollout.precision=kv-only"),
+        *("kv_scales.measured_by=engine", "kv_scales.calibrate_on=prompts"),
+        *("kv_scales.observer.kind=percentile", "kv_scales.observer.percent=99.9"),
+    ).end()
+    assert end.code == 0, end.errors
+    lines = metrics(folder)
+    assert len(lines) == 4
+    assert all(line.keys() >= SCALES for line in lines)
+    assert all(line["mismatch/k3"] < 0.01 for line in lines[:-1])
+    assert all(0 < line["kv/saturation_max"] < 0.01 for line in lines[:-1])  # beyond 99.9 percent
+    assert all(line["sync/bytes"] >= line["sync/bf16_bytes"] for line in lines)  # BF16 weights
 
 
 def test_held_out_reward_is_measured_at_the_start_when_due_and_at_the_end(whole: Whole) -> None:

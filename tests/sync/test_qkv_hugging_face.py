@@ -180,6 +180,15 @@ def test_nothing_is_left_behind_by_a_forward_that_fails(model: Any) -> None:
     assert left_behind(model) == 0
 
 
+def test_nothing_is_seen_while_the_watch_is_paused(model: Any) -> None:
+    source = HuggingFaceQKV(model)
+    observer = KVObserver(source.shape)
+    with source.watch(observer) as watch:
+        for watch.paused in (True, False, True):
+            model(TOKENS, use_cache=False)
+    assert observer.observation().tokens == TOKENS.numel()
+
+
 def test_a_forward_that_reads_a_cache_is_refused(model: Any) -> None:
     source = HuggingFaceQKV(model)
     seer = KVObserver(source.shape)
