@@ -71,7 +71,6 @@ Model = StrEnum("Model", "qwen3 qwen2 qwen2-outliers")
 Arm = StrEnum("Arm", "bf16-kv ones once stale every-step")
 MODELS, ARMS = [Model("qwen3"), Model("qwen2-outliers")], list(Arm)
 COLOURS = (GREY, VERMILION, ORANGE, PURPLE, BLUE)  # of ARMS
-CHANNELS = "key_channels.json"
 EXAMPLES = """
 Examples:
 
@@ -142,7 +141,7 @@ class Study:
             late = {"ones": None, "once": self.steps, "stale": self.stale}
             if self.arm in late:
                 run.calibration = StudyScales(run, late[self.arm])
-            (self.folder.path / CHANNELS).write_text(json.dumps(key_channels(run)))
+            (self.folder.path / "key_channels.json").write_text(json.dumps(key_channels(run)))
             assert run.engine is not None  # the trainer has one rank
             capacity: Metrics = {"kv/cache_tokens": run.engine.kv_cache_tokens}
             for version in range(self.steps + 1):
@@ -254,7 +253,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
     made = Table(rows[0]["model"], *(row["arm"] for row in rows))
     for key in list(rows[0])[2:]:
         values = ("-" if row[key] is None else row[key] for row in rows)
-        made.add_row(key, *(f"{x:.3g}" if isinstance(x, float) else str(x) for x in values))
+        made.add_row(key, *(f"{x:.4g}" if isinstance(x, float) else str(x) for x in values))
     return made
 
 
@@ -268,7 +267,7 @@ def picture(studies: list[Study]) -> Figure:
             chosen = [study for study in studies if study.names[0] == model]
             for study in chosen:
                 draw_run(axes, study)
-            draw_channels(axes[3], chosen[0].folder.path / CHANNELS)
+            draw_channels(axes[3], chosen[0].folder.path / "key_channels.json")
             axes[0].set_title(f"{model}\nReward: held-out (dots), train (thin)")
         legend = grid[0, 0].get_legend_handles_labels()
         figure.legend(*legend, loc="outside upper center", ncols=len(ARMS), fontsize=11)
