@@ -17,7 +17,7 @@ of each arm, and stops if one differs (`Calibration.confirm`).
 Models: `qwen3` is that of grpo.yaml; norms on q and k keep both small. `qwen2` has biases instead.
 `qwen2-outliers` is the same with outlier channels planted in every layer's K bias after the
 warm-up. Qwen2.5-7B has them: the norm of its K bias is 605 in the first layer, 921 in the last
-(github.com/ggml-org/llama.cpp/issues/21385), here about 650; an FP8 cache made its sibling's
+(github.com/ggml-org/llama.cpp/issues/21385), here about 640; an FP8 cache made its sibling's
 rollouts gibberish (github.com/verl-project/verl/pull/4435). Massive values of K sit where RoPE
 hardly turns (arXiv 2502.01563), and so do ours: in the slowest quarter of each key head's pairs,
 of random sign and size S/2 to S.
@@ -249,9 +249,9 @@ def shares(lines: list[Metrics], kind: str) -> list[tuple[float, str]]:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """One model's numbers, a column for each arm."""
-    made = Table(rows[0]["model"], *(row["arm"] for row in rows))
-    for key in list(rows[0])[2:]:
+    """The numbers of one model and seed, a column for each arm."""
+    made = Table(f"{rows[0]['model']}, {rows[0]['seed']}", *(row["arm"] for row in rows))
+    for key in list(rows[0])[3:]:
         values = ("-" if row[key] is None else row[key] for row in rows)
         made.add_row(key, *(f"{x:.4g}" if isinstance(x, float) else str(x) for x in values))
     return made
@@ -340,8 +340,8 @@ def main(
     except (ConfigError, RunDirError) as error:
         typer.echo(f"kv_scales: {error}", err=True)
         raise typer.Exit(2) from error
-    for model in dict.fromkeys(row["model"] for row in rows):
-        console.print(table([row for row in rows if row["model"] == model]))
+    for kind in dict.fromkeys((row["model"], row["seed"]) for row in rows):
+        console.print(table([row for row in rows if (row["model"], row["seed"]) == kind]))
     typer.echo(str(out))
 
 

@@ -13,7 +13,8 @@ layer must have seen the same. Where key/value heads are replicated over tensor-
 have seen a multiple.
 
 Percentile: the smallest bin edge at or above which p percent of the elements lie. It is never
-below the exact percentile (nearest rank) and at most 2^-5 of it above, for normal fp32 numbers.
+below the exact percentile (nearest rank) and at most 2^-5 of it above; at most 2^-131 above where
+that is no normal fp32 number.
 
 Left out: a rank that is silent. That is for the group's own timeout.
 """

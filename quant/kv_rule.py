@@ -157,7 +157,8 @@ class KVCalibrator:
 
 
 def _refuse_zeros(found: Tensor) -> None:
-    zeros = (found == 0).nonzero().tolist()
+    """Refuse what no scale covers; a percentile of zeros is subnormal, the edge of its bin."""
+    zeros = (found < torch.finfo(torch.float32).tiny).nonzero().tolist()
     if zeros:
         named = [f"layer {layer} {QKV[column]}" for layer, column in zeros]
         raise KVScaleError(

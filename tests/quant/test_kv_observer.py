@@ -202,7 +202,7 @@ def test_a_percentile_is_at_most_a_bin_above_the_exact_one(seed, dtype, percent,
         elements = torch.cat([batch[column].flatten() for batch in batches]).abs().double()
         rank = math.ceil(len(elements) * percent / 100)
         exact = float(elements.kthvalue(rank).values)
-        assert exact <= float(found[0, column]) <= exact * (1 + 2.0**-5)
+        assert exact <= float(found[0, column]) <= max(exact * (1 + 2.0**-5), exact + 2.0**-131)
         assert float(found[0, column]) <= float(elements.max())
 
 

@@ -87,6 +87,17 @@ def test_provenance_names_the_memory():
     assert KVScaleRule(over_steps=EMA()).name == "amax, moving average with decay 0.9"
 
 
+def test_a_percentile_that_falls_on_zeros_is_refused_by_layer():
+    made = calibrator(observer=Percentile(percent=50.0))
+    observer = made.observer()
+    for layer in range(SHAPE.layers):
+        q, k, v = (torch.ones(10, heads, 4) for heads in (2, 1, 1))
+        v[: 6 if layer == 1 else 4] = 0
+        observer.observe(layer, q, k, v)
+    with pytest.raises(KVScaleError, match=r"only zeros were observed in layer 1 v \(1 in all\)"):
+        made.scales(observer.observation(), 0)
+
+
 @pytest.mark.parametrize("over_steps", [RunningMax(steps=3), EMA(decay=0.5)])
 def test_a_resumed_calibrator_goes_on_as_the_unbroken_one(over_steps):
     unbroken, resumed = calibrator(over_steps=over_steps), calibrator(over_steps=over_steps)
