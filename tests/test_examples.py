@@ -6,9 +6,11 @@ import json
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from fp8rl.run_dir import RunDir
 
@@ -50,17 +52,16 @@ STUDY = (
 )
 
 
-def study(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The study of KV scales through its command line."""
-    command = [sys.executable, str(EXAMPLES / "kv_scales.py"), *STUDY, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-
 @pytest.mark.slow
 def test_the_study_of_kv_scales_serves_the_scales_of_each_arm_and_keeps_what_has_ended(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = study("--out", str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "kv_scales.py"), *STUDY, f"--out={tmp_path}"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads((tmp_path / "result.json").read_text())["arms"]
     assert [row["arm"] for row in rows] == ["ones", "stale-2"]
@@ -76,9 +77,11 @@ def test_the_study_of_kv_scales_serves_the_scales_of_each_arm_and_keeps_what_has
 
     assert (tmp_path / "kv_scales.png").stat().st_size > 50_000
     written = [folder.metrics_file.stat().st_mtime_ns for folder in folders]
-    again = study("--out", str(tmp_path))
-    assert again.returncode == 0, again.stderr[-3000:]
+    monkeypatch.syspath_prepend(EXAMPLES)
+    command = import_module("kv_scales").app
+    again = CliRunner().invoke(command, [*STUDY, f"--out={tmp_path}"])
+    assert again.exit_code == 0, again.output
     assert [folder.metrics_file.stat().st_mtime_ns for folder in folders] == written
-    other = study("--out", str(tmp_path), "rollout.temperature=0.5")
-    assert other.returncode == 2
-    assert f"{folders[0].path}: is of another config" in other.stderr
+    other = CliRunner().invoke(command, [*STUDY, f"--out={tmp_path}", "rollout.temperature=0.5"])
+    assert other.exit_code == 2
+    assert f"{folders[0].path}: is of another config" in other.output
