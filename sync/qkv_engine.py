@@ -27,7 +27,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 
 from fp8rl.quant import AttentionShape, KVObserver, KVScaleError
-from fp8rl.sync.qkv_source import QKVWatch
+from fp8rl.sync.qkv_source import QKVWatch, shown
 
 _ARGUMENTS: Final = ("query", "key", "value")
 
@@ -73,17 +73,9 @@ class EngineQKV:
     def watch(self, observer: KVObserver) -> Iterator[QKVWatch]:
         """Feed ``observer`` with every forward inside the block; see ``QKVSource``."""
         watch = QKVWatch()
-        hooks = [
-            layer.register_forward_pre_hook(
-                partial(_see, observer, watch, self._ranks), with_kwargs=True
-            )
-            for layer in self._layers
-        ]
-        try:
+        see = partial(_see, observer, watch, self._ranks)
+        with shown((layer, see) for layer in self._layers):
             yield watch
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 def _see(

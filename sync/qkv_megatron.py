@@ -30,7 +30,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from fp8rl.quant import AttentionShape, KVObserver, KVScaleError
-from fp8rl.sync.qkv_source import QKVWatch, check_forward, padding_mask
+from fp8rl.sync.qkv_source import QKVWatch, check_forward, padding_mask, shown
 
 _ARGUMENTS: Final = (  # of core attention, in Megatron's order
     *("query", "key", "value"),
@@ -80,17 +80,11 @@ class MegatronQKV:
     def watch(self, observer: KVObserver) -> Iterator[QKVWatch]:
         """Feed ``observer`` with every forward inside the block; see ``QKVSource``."""
         watch = QKVWatch()
-        hooks = [
-            layer.self_attention.core_attention.register_forward_pre_hook(
-                partial(_see, observer, watch, layer), with_kwargs=True
-            )
+        with shown(
+            (layer.self_attention.core_attention, partial(_see, observer, watch, layer))
             for layer in self._layers
-        ]
-        try:
+        ):
             yield watch
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 def _see(

@@ -15,13 +15,14 @@ it, and activation checkpointing would show every token twice.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool
-from torch import Tensor
+from torch import Tensor, nn
 
 from fp8rl.quant import AttentionShape, KVObserver, KVScaleError
 
@@ -51,6 +52,16 @@ class QKVSource(Protocol):
         tokens, or has a mask that does not fit.
         """
         ...
+
+
+@contextmanager
+def shown(hooks: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
+    """Call each hook before each forward of its module, with what the module is given."""
+    with ExitStack() as stack:
+        for module, hook in hooks:
+            handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
 
 
 def check_forward(layer: int, queries: int, keys: int) -> None:
