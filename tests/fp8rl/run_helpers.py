@@ -114,6 +114,17 @@ class Command:
             lambda: _inode(file) != self._metrics_before and steps(self.folder)[-1:] >= [step],
         )
 
+    def wait_for_a_standstill(self) -> None:
+        """Wait until the command's own process computes nothing: it waits for another."""
+        own = psutil.Process(self.pid)
+
+        def idle() -> bool:
+            before = sum(own.cpu_times()[:2])
+            time.sleep(1.0)
+            return sum(own.cpu_times()[:2]) - before < 0.1
+
+        self.wait_until("standstill", idle)
+
     def wait_for_engine(self) -> None:
         """Wait until the engine's process is there (it is not yet up)."""
         self.wait_until("engine process", self.engines)

@@ -59,7 +59,8 @@ def ends(whole: Whole, folder: Path) -> dict[str, End]:
     command = Command(folder, "--resume", folder)
     command.wait_for_a_step()
     for engine in command.engines():
-        engine.suspend()  # the step can never end
+        engine.suspend()
+    command.wait_for_a_standstill()  # a step that needs the engine has begun: it can never end
     command.ctrl_c()
     time.sleep(2.0)
     assert command.still_runs(), "the first Ctrl-C waits for the step"

@@ -259,3 +259,14 @@ def test_what_does_not_fit_is_refused():
         with refusal(KVScaleError, "q, k and v must be|mask must be") as found:
             observer.observe(0, *mistake)
         assert str(found.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_gpu_shows_what_the_cpu_shows(dtype):
+    mask = torch.arange(60).view(3, 20) % 7 > 1
+    in_use = KVScales.from_amax(torch.tensor([[0.7, 2.0, 900.0]]), version=0, tokens=1)
+    options = {"histogram": True, "in_use": in_use}
+    parts = qkv((3, 20), dtype=dtype)
+    on_gpu = seen((0, tuple(x.cuda() for x in parts), mask.cuda()), **options)
+    assert same(on_gpu, seen((0, parts, mask), **options))
