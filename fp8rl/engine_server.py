@@ -207,8 +207,11 @@ class EngineServer:
         """Take memory again, that of ``tags`` or all; once all is back the scales are written anew.
 
         Raises:
-            ValueError: a tag that does not sleep.
+            ValueError: a tag that does not sleep. RuntimeError: an update is under way, whose
+                scales would be lost.
         """
+        if self._updating:
+            raise RuntimeError("an update is under way; finish it before the engine wakes up")
         woken = self._asleep if tags is None else set(tags)
         if not woken <= self._asleep:
             raise ValueError(f"wake_up of {sorted(woken)}, but asleep are {sorted(self._asleep)}")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fp8rl.config import Precision
+from fp8rl.config import BF16_WEIGHTS, FP8_CACHE, Precision
 from fp8rl.engine_channel import EngineChannel
 from fp8rl.errors import EngineError
 from fp8rl.quant import EngineTensor, QuantPlan, WeightPrecision
@@ -42,13 +42,13 @@ class EngineSettings:
 
     def plan(self) -> QuantPlan:
         """The quantization plan that trainer and engine share."""
-        weights: WeightPrecision = "fp8" if self.precision in ("fp8", "fp8-kv") else "bf16"
+        weights: WeightPrecision = "bf16" if self.precision in BF16_WEIGHTS else "fp8"
         return QuantPlan.from_hf_config(self.hf_config, weights=weights)
 
     @property
     def fp8_kv(self) -> bool:
         """Whether the KV cache is FP8 and needs scales with every update."""
-        return self.precision in ("kv-only", "fp8-kv")
+        return self.precision in FP8_CACHE
 
     def llm_arguments(self, model_dir: Path) -> dict[str, Any]:
         """Write ``config.json`` into ``model_dir``; return the arguments of ``vllm.LLM``."""

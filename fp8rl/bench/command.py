@@ -101,11 +101,9 @@ def quant(
         )
     result.write(folder)
     save_picture(result, folder / "quant.png")
-    if as_json:
-        typer.echo(json.dumps(asdict(result)))
-        return
-    print_result(result, Console())
-    typer.echo(str(folder))
+    if not as_json:
+        print_result(result, Console())
+    typer.echo(json.dumps(asdict(result)) if as_json else str(folder))
 
 
 @app.command("kv-scales", epilog=KV_SCALES_EXAMPLES)
@@ -166,11 +164,9 @@ def kv_scales(
     )
     result.write(folder)
     save_picture(result, folder / "kv-scales.png")
-    if as_json:
-        typer.echo(json.dumps(asdict(result)))
-        return
-    print_result(result, Console())
-    typer.echo(str(folder))
+    if not as_json:
+        print_result(result, Console())
+    typer.echo(json.dumps(asdict(result)) if as_json else str(folder))
 
 
 def _make(folder: Path) -> None:

@@ -173,8 +173,9 @@ def test_an_engine_does_not_sleep_over_requests_or_an_update(live: Live) -> None
         live.engine.sleep()
     live.break_an_update()
     live.engine.start_weight_update()
-    with pytest.raises(EngineError, match="an update is under way"):
-        live.engine.sleep()
+    for change in (live.engine.sleep, live.engine.wake_up):
+        with pytest.raises(EngineError, match="an update is under way"):
+            change()
     live.publish()
 
 
