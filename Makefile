@@ -9,7 +9,7 @@ ifndef RUN
 RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 endif
 
-.PHONY: setup demo bench test lint
+.PHONY: setup demo bench test test-long lint
 
 ## make .venv with everything that is pinned; does nothing when it is up to date
 setup: $(STAMP)
@@ -37,7 +37,11 @@ bench: setup
 
 ## the checks of `make lint`, then every test, two files at a time on a thread each
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not long"
+
+## every architecture over every layout, every failure in every phase, hundreds of updates
+test-long: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m long
 
 lint: setup
 	$(BIN)/ruff check .
