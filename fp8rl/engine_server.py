@@ -3,14 +3,16 @@
 Requests to the model are *in flight* from ``submit`` until they have ended; ``step`` moves all of
 them on by one token. An update may land while some are in flight:
 
-    start   nothing is stepped from here on
-    update  apply and prove, once or twice; in between the KV scales may be measured (observe_kv)
+    start   and stages: the bytes are copied; requests are stepped on
+    update  a manifest: nothing is stepped from here on; apply and prove, once or twice; in between
+            the KV scales may be measured (observe_kv)
     finish  drop the KV cache, that of requests in flight too, then commit, then label
 
 Their cache holds keys and values of the old weights in the old scales. vLLM puts such requests back
 into its queue (``reset_running_requests``) and computes prompt and answer so far anew, so they go
-on exactly as from scratch; every token carries the version that sampled it. If an update fails, the
-requests in flight are aborted, and nothing is served until a good one lands.
+on exactly as from scratch; every token carries the version that sampled it. After an update that
+failed the engine goes on with the version before it, requests in flight too, if every worker has
+proven that it holds that; else these are aborted, and nothing is served until a good update lands.
 """
 
 from __future__ import annotations
@@ -57,7 +59,9 @@ class EngineServer:
         self._tickets: dict[int, Ticket] = {}
         self._in_flight: dict[str, int] = {}  # request id -> its ticket
         self._submitted = 0
-        self._updating = False
+        self._in_session = False  # vLLM's, from start to finish
+        self._updating = False  # from the first manifest to the end of the session
+        self._publisher = ""
         self._asleep: set[str] = set()
 
     def description(self) -> dict[str, Any]:
@@ -137,21 +141,24 @@ class EngineServer:
         return [[_sample(completion) for completion in output.outputs] for output in outputs]
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Tell every worker where the trainer's segment lies."""
-        self._llm.init_weight_transfer_engine({"init_info": init_info})
+        """Introduce a publisher to every worker; what another one left unfinished is undone."""
+        self._publisher = str(init_info.get("publisher"))
+        with self._all_or_nothing():
+            self._llm.init_weight_transfer_engine({"init_info": init_info})
 
     def start_weight_update(self) -> None:
-        """Begin an update; nothing is stepped or served until it is finished."""
+        """Begin an update; what is held is served until a manifest comes."""
         if "weights" in self._asleep:
             raise RuntimeError("the engine's weights sleep; wake_up before an update")
-        if self._updating:
-            self._end_session()  # the trainer gave the last one up; what it held stays held
-        self._updating = True
+        if self._in_session:  # the trainer gave the last one up
+            self._end_session("a new update begins")
         with self._all_or_nothing():
             self._llm.start_weight_update()
+        self._in_session = True
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Apply and prove one manifest in every worker."""
+        """Take in a stage, or apply and prove a manifest, in every worker."""
+        self._updating = self._updating or "manifest" in update_info
         with self._all_or_nothing():
             self._llm.update_weights({"update_info": update_info})
 
@@ -160,7 +167,7 @@ class EngineServer:
         with self._all_or_nothing():
             self._drop_cache()
             self._llm.finish_weight_update(weight_version)
-        self._updating = False
+        self._updating = self._in_session = False
 
     def observe_kv(self, prompts: list[list[int]], histogram: bool) -> dict[str, Any]:
         """Run prompts through the weights just applied; what their q, k and v were, as JSON values.
@@ -247,9 +254,10 @@ class EngineServer:
                     f"the engine serves nothing until a good update lands: {worker['failure']}"
                 )
             if worker["version"] < version:
+                why = f" (its last update failed: {worker['error']})" if worker["error"] else ""
                 raise StaleWeightsError(
                     f"weights of version {version} were asked for, the engine holds "
-                    f"{worker['version']}; publish version {version} first"
+                    f"{worker['version']}{why}; publish version {version} first"
                 )
         problems = [problem for worker in self._receivers("scale_problems") for problem in worker]
         if problems:
@@ -267,29 +275,38 @@ class EngineServer:
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        """Any error inside fails the update, and with it the requests that waited for it."""
+        """An error inside fails the update in every worker.
+
+        Requests in flight go on where the version before it is held and proven; else they fail.
+        """
         try:
             yield
         except (ValueError, RuntimeError) as error:
-            self._llm.llm_engine.abort_request(list(self._in_flight))
-            for ticket in self._in_flight.values():
-                self._tickets[ticket].failure = (
-                    f"ticket {ticket} was in flight when an update failed, so it was aborted; "
-                    f"publish and submit again: {type(error).__name__}: {error}"
-                )
-            self._in_flight.clear()
-            self._end_session()
-            self._updating = False
+            reason = f"{type(error).__name__}: {error}"
+            self._end_session(reason)
+            if any(worker["failure"] is not None for worker in self.worker_report()):
+                self._fail_in_flight(reason)
             raise
 
-    def _end_session(self) -> None:
-        """End vLLM's update session, which stays open where an update was not finished.
+    def _fail_in_flight(self, reason: str) -> None:
+        self._llm.llm_engine.abort_request(list(self._in_flight))
+        for ticket in self._in_flight.values():
+            self._tickets[ticket].failure = (
+                f"ticket {ticket} was in flight when an update failed, so it was aborted; "
+                f"publish and submit again: {reason}"
+            )
+        self._in_flight.clear()
 
-        A chunk that fails ends it; this one never reaches the receiver. Where none is open vLLM
-        raises too, and that is as good.
+    def _end_session(self, reason: str) -> None:
+        """End vLLM's update session, and have every worker undo what it applied.
+
+        A worker answers with an error, which ends its session; where it has none vLLM raises too,
+        and that is as good.
         """
+        self._in_session = self._updating = False
         with suppress(ValueError, RuntimeError):
-            self._llm.update_weights({"update_info": {}})
+            info = {"publisher": self._publisher, "abandon": reason}
+            self._llm.update_weights({"update_info": info})
 
     def _drop_cache(self) -> None:
         if not self._llm.reset_prefix_cache(reset_running_requests=True):
@@ -314,6 +331,8 @@ def _describe_receiver(worker: Any) -> dict[str, Any]:
         "backend": type(receiver).__name__,
         "version": receiver.version,
         "failure": receiver.failure,
+        "error": receiver.weights.last_error,
+        "digest": report.digest if report else None,
         "tensors_proven": report.tensors_proven if report else 0,
         "kv_scales_proven": report.kv_scales_proven if report else 0,
         "seconds": report.seconds if report else {},
@@ -322,7 +341,7 @@ def _describe_receiver(worker: Any) -> dict[str, Any]:
 
 def _list_tensors(worker: Any) -> list[Any]:
     """Run inside a worker: name, dtype and shape of each tensor that its model takes."""
-    expected = worker.weight_transfer_engine.expected.values()
+    expected = worker.weight_transfer_engine.weights.expected.values()
     return [[t.name, DTYPE_NAMES[t.dtype], list(t.shape)] for t in expected]
 
 

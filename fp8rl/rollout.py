@@ -243,15 +243,15 @@ class RolloutEngine:
         self._call("wake_up", tags=None if tags is None else list(tags))
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Tell the engine where the trainer's segment lies."""
+        """Introduce a publisher and its transport to the engine."""
         self._call("init_weight_transfer_engine", init_info=init_info)
 
     def start_weight_update(self) -> None:
-        """Begin an update; the engine serves nothing until it is finished."""
+        """Begin an update; the engine serves on until a manifest comes."""
         self._call("start_weight_update")
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Apply and prove an update; raises EngineError with what the engine found wrong."""
+        """Take in a stage, or apply and prove; raises EngineError with what was found wrong."""
         self._call("update_weights", update_info=update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:

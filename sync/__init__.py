@@ -4,41 +4,61 @@
         publisher.publish(source, version=7, kv_scales=scales)
 
 The trainer's side (this file's names) needs torch alone; the engine's side (``receiver.py``,
-``engine_state.py``, ``engine_scales.py``) runs inside vLLM's workers, which load it through
+``transaction.py``, ``engine_*.py``) runs inside vLLM's workers, which load it through
 ``plugin.py``.
 """
 
+from fp8rl.sync.engines import SyncClient
 from fp8rl.sync.errors import (
+    BaseMismatchError,
     CorruptTensorError,
+    EnginesError,
     ManifestError,
+    NotIntroducedError,
+    PublisherError,
     ReadBackError,
     SegmentError,
     SourceError,
+    TransportError,
     UnsupportedAttentionError,
+    UpdateAbandonedError,
 )
+from fp8rl.sync.file_follower import FileFollower
+from fp8rl.sync.files import Files
 from fp8rl.sync.megatron import MegatronSource
-from fp8rl.sync.publisher import Publisher, SyncClient, SyncReport
+from fp8rl.sync.publisher import Publisher, SyncReport
 from fp8rl.sync.qkv_hugging_face import HuggingFaceQKV
 from fp8rl.sync.qkv_megatron import MegatronQKV
 from fp8rl.sync.qkv_source import QKVSource, QKVWatch
 from fp8rl.sync.source import IterableSource, TensorMeta, WeightSource
+from fp8rl.sync.transports import Broadcast, SharedMemory
 
 __all__ = [
+    "BaseMismatchError",
+    "Broadcast",
     "CorruptTensorError",
+    "EnginesError",
+    "FileFollower",
+    "Files",
     "HuggingFaceQKV",
     "IterableSource",
     "ManifestError",
     "MegatronQKV",
     "MegatronSource",
+    "NotIntroducedError",
     "Publisher",
+    "PublisherError",
     "QKVSource",
     "QKVWatch",
     "ReadBackError",
     "SegmentError",
+    "SharedMemory",
     "SourceError",
     "SyncClient",
     "SyncReport",
     "TensorMeta",
+    "TransportError",
     "UnsupportedAttentionError",
+    "UpdateAbandonedError",
     "WeightSource",
 ]

@@ -263,3 +263,29 @@ def _probe(module: nn.Module, width_in: int) -> torch.Tensor:
     identity = torch.eye(width_in, dtype=torch.bfloat16)
     columns = [kernel(rows, module.weight, None) for rows in torch.split(identity, PROBE_ROWS)]
     return torch.cat(columns).t()
+
+
+def units(model):
+    found = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, LinearBase):
+            found[prefix] = tuple(t.name for t in _linear_tensors(model, prefix, module))
+        elif isinstance(module, VocabParallelEmbedding):
+            found[prefix] = (f"{prefix}.weight",)
+        elif not isinstance(module, Attention):
+            names = tuple(f"{prefix}.{n}" for n, _ in module.named_parameters(recurse=False))
+            if names:
+                found[prefix] = names
+    return found
+
+
+def load(model, model_config, tensors):
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+    initialize_layerwise_reload(model)
+    try:
+        model.load_weights(iter(tensors.items()))
+        finalize_layerwise_reload(model, model_config)
+        fit_biases(model)
+    except BaseException:
+        abandon_reload(model)
+        raise

@@ -1,7 +1,7 @@
 """Errors of the sync room.
 
 ``ValueError``s say that what was sent does not fit; ``RuntimeError``s that the world failed.
-After any of them the engine serves nothing until a good update lands.
+After any of them the engine holds the version that it proved last, or serves nothing.
 """
 
 
@@ -9,8 +9,32 @@ class ManifestError(ValueError):
     """A manifest is malformed, or does not fit the engine's model or its last version."""
 
 
+class BaseMismatchError(ValueError):
+    """A delta builds on a version that the engine does not hold; it needs a full update."""
+
+
+class NotIntroducedError(ValueError):
+    """The engine knows no publisher, as after a restart; it needs to be introduced again."""
+
+
+class PublisherError(ValueError):
+    """The engine takes its updates from another publisher."""
+
+
+class EnginesError(RuntimeError):
+    """No engine took an update; what each of several answered."""
+
+
+class UpdateAbandonedError(ValueError):
+    """The trainer gave an update up; the engine holds the version before it."""
+
+
 class UnsupportedAttentionError(ValueError):
     """The engine's attention cannot be given KV scales for certain, as it was started."""
+
+
+class DeltaError(ValueError):
+    """A delta is malformed, or was made for a tensor of another size."""
 
 
 class SourceError(ValueError):
@@ -19,6 +43,10 @@ class SourceError(ValueError):
 
 class SegmentError(RuntimeError):
     """A shared-memory segment cannot be created, attached or is of another size."""
+
+
+class TransportError(RuntimeError):
+    """Bytes of an update could not be sent, or did not arrive."""
 
 
 class CorruptTensorError(RuntimeError):

@@ -1,4 +1,4 @@
-"""The ``vllm.general_plugins`` entry point: makes fp8rl's weight-transfer backends known to vLLM.
+"""The ``vllm.general_plugins`` entry point: makes fp8rl's weight-transfer backend known to vLLM.
 
 vLLM calls ``register`` in the front end, in the engine core and in every worker. It swallows a
 plugin that fails to load, so the receiver is also checked for by name on every worker
@@ -7,12 +7,12 @@ plugin that fails to load, so the receiver is also checked for by name on every 
 
 from __future__ import annotations
 
-BACKEND = "fp8rl_shm"
-RECEIVER = ("fp8rl.sync.receiver", "ShmReceiver")
+BACKEND = "fp8rl"
+RECEIVER = ("fp8rl.sync.receiver", "Receiver")
 
 
 def register() -> None:
-    """Register the shared-memory receiver; calling it again changes nothing."""
+    """Register the receiver; calling it again changes nothing."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     if BACKEND not in WeightTransferEngineFactory._registry:

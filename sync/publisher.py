@@ -1,112 +1,134 @@
 """The trainer's side of an update: quantize at the source, publish, and know that it arrived.
 
-One weight goes one way: source (Hugging Face name) -> plan -> blockwise FP8, written straight into
-the segment, with its digest -> the engine's receiver. Only when every tensor lies in the segment
-does the engine hear of the update, so a NaN in a weight or a source that breaks leaves the engine
-as it was. KV scales go with the weights, or follow them: measured in the engine on the weights just
-applied, they are sent in the same update. The control calls are the four of vLLM's
-``VLLMWeightSyncClient``; any object that has them can be the client.
+One weight goes one way: source (Hugging Face name) -> blockwise FP8 by the plan, where it lies ->
+payload -> the engines, which copy it while the next one is quantized. Only when every tensor has
+arrived is the manifest sent, and only then is anything applied, so a NaN in a weight or a source
+that breaks leaves the engines as they were. KV scales go with the weights, or follow them: measured
+in the engine on the weights just applied, they are sent in the same update.
 
-Where the trainer is sharded, every rank calls ``publish`` (iterating the source is a collective)
-and only the rank that holds a client writes and sends.
+With ``deltas`` the publisher keeps the bytes that it published last, one for each FP8 weight, and
+sends what differs from them. The engines take the difference only on top of the very version that
+it was taken from; where one does not hold that, all get the whole version, from the same bytes.
+
+Where the trainer is sharded, every rank calls ``publish`` (a pass over the source is a collective)
+and only ranks that hold a client write and send.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+import uuid
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Literal
 
-from fp8rl.quant import FP32Source, KVScaleError, KVScales, QuantPlan
-from fp8rl.sync.errors import SourceError
-from fp8rl.sync.manifest import KVProvenance, Manifest
-from fp8rl.sync.segment_writer import Records, SegmentWriter, refuse_missing
-from fp8rl.sync.source import WeightSource
-
-
-@runtime_checkable
-class SyncClient(Protocol):
-    """The engine's control plane: the four methods of vLLM's ``VLLMWeightSyncClient``."""
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Tell every worker where the segment lies."""
-
-    def start_weight_update(self) -> None:
-        """Stop serving; an update begins."""
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Apply and prove; raises what the engine found wrong."""
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Commit the version and serve again."""
+from fp8rl.quant import FP32Source, KVScales, QuantPlan
+from fp8rl.sync.engines import Engines, SyncClient
+from fp8rl.sync.errors import BaseMismatchError
+from fp8rl.sync.ledger import Ledger
+from fp8rl.sync.manifest import Base
+from fp8rl.sync.source import WeightSource, encoded
+from fp8rl.sync.transport import Outbox
+from fp8rl.sync.transports import SharedMemory, Transport
+from fp8rl.sync.update import KVMeasure, Stream, Update, check_scales
+from fp8rl.sync.update_writer import Layout
 
 
 @dataclass(frozen=True)
 class SyncReport:
-    """One publish in figures."""
+    """One publish in figures.
+
+    kind: whether whole tensors or differences were sent. nbytes: of the payload, KV scales
+    included. quantize_seconds: gather, quantize, encode, and the transport, which goes on
+    meanwhile. engine_seconds: from the manifest to the commit, without kv_seconds: the time in
+    which the engines cannot serve. failed: engines that did not take it -> why; never all of them.
+    """
 
     version: int
+    kind: Literal["full", "delta"]
     tensors: int
-    nbytes: int  # bytes written for the engine, KV scales included
+    nbytes: int
     bf16_nbytes: int  # bytes that the same weights take in BF16
-    quantize_seconds: float  # gather, quantize and write into the segment
-    engine_seconds: float  # the engine's transaction: copy, load, read back, commit
+    quantize_seconds: float
+    engine_seconds: float
     kv_seconds: float = 0.0  # measuring KV scales in the midst of it, where they follow
     kv_scales: KVScales | None = None  # those published
+    failed: dict[int, str] = field(default_factory=dict)
 
 
 class Publisher:
-    """Publishes versions of one model to one engine; close it (or use ``with``) when done."""
+    """Publishes versions of one model to one or more engines; close it (or use ``with``)."""
 
     def __init__(
         self,
         plan: QuantPlan,
-        client: SyncClient | None,
+        engines: SyncClient | Sequence[SyncClient] | None,
         *,
+        transport: Transport | None = None,
         kv_layers: int = 0,
         fp32_as: FP32Source | None = None,
+        deltas: bool = False,
+        mirror: bool = True,
     ) -> None:
-        """Lay out the segment and introduce it to the engine.
+        """Open the transport and introduce this publisher to the engines.
 
         Args:
             plan: which tensors are quantized; its engine tensors are what is sent.
-            client: the engine, or None on trainer ranks that only take part in collectives.
+            engines: the engine or its replicas; None on trainer ranks that only take part in
+                collectives.
+            transport: how the bytes travel; by default through shared memory, within a host.
             kv_layers: attention layers with an FP8 cache, for which scales will be sent.
             fp32_as: what fp32 weights of the source stand for, as in `quantize_blockwise`; they
                 are refused without it.
+            deltas: keep the bytes published last, in host memory, and send what differs.
+            mirror: have every engine worker keep them too, which deltas need, and an engine that
+                should go back to its last version when an update fails.
         """
-        self._client = client
-        self._writer: SegmentWriter | None = None
-        if client is not None:
-            self._writer = SegmentWriter(plan, kv_layers, fp32_as)
-            segment = self._writer.segment
-            client.init_weight_transfer_engine({"path": segment.path, "nbytes": segment.nbytes})
+        if deltas and not mirror:
+            raise BaseMismatchError("deltas=True needs mirror=True: what would they be applied to?")
+        self._plan, self._fp32_as, self._mirror = plan, fp32_as, mirror
+        self._layout = Layout(plan, kv_layers)
+        self._parameters = sum(math.prod(entry.shape) for entry in plan.entries)
+        self._engines: Engines | None = None
+        self._ledger: Ledger | None = None
+        self._ledger_base: Base | None = None
+        if engines is None:
+            return
+        clients = [engines] if isinstance(engines, SyncClient) else list(engines)
+        if deltas:
+            self._ledger = Ledger(self._layout.weights.values())
+        largest = self._layout.payload_nbytes(scales=True)
+        self._outbox: Outbox = (transport or SharedMemory()).open(largest, len(clients))
+        self._engines = Engines(clients, uuid.uuid4().hex)
+        self._engines.introduce(self._outbox, mirror=mirror)
 
     def __enter__(self) -> Publisher:
         """Return self."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close the segment."""
+        """Close the transport."""
         self.close()
 
     def close(self) -> None:
-        """Give the shared memory back."""
-        if self._writer is not None:
-            self._writer.segment.close()
+        """Give the transport's memory and connections back."""
+        if self._engines is not None:
+            self._outbox.close()
+            self._engines.close()
 
     def publish(
         self,
         source: WeightSource,
         *,
         version: int,
-        kv_scales: KVScales | Callable[[], KVScales] | None,
+        kv_scales: KVScales | KVMeasure | None,
     ) -> SyncReport | None:
-        """Send one version; returns when the engine has proven and committed it.
+        """Send one version; returns when the engines have proven and committed it.
 
         Args:
-            source: the weights of this version; iterated once, in lockstep over trainer ranks.
+            source: the weights of this version; passed over once, in lockstep over trainer ranks.
             version: higher than any committed before.
             kv_scales: measured on this version; None for an engine with a BF16 cache. A callable is
                 called on the rank with the client, once the engine has applied and proven the
@@ -116,97 +138,56 @@ class Publisher:
             Figures of the update, or None on a rank without a client.
 
         Raises:
-            NonFiniteWeightError: a weight holds NaN or Inf; the engine was not touched.
+            NonFiniteWeightError: a weight holds NaN or Inf.
             SourceError: the source lacks, repeats or misshapes a tensor, KV scales among them.
             KVScaleError: the scales were measured on another version.
-            EngineError and others: whatever the client or the callable raises; the engine then
-                serves nothing until the next good publish.
+            EngineError and others: whatever the client or the callable raises, where no engine
+                took the update; EnginesError for several.
 
-        Whatever is found wrong before the engine hears of the update leaves it as it was.
+        Whatever goes wrong, every engine goes on serving the version before it, or, where it cannot
+        prove that it holds that, nothing.
         """
+        to = [0]
+        stream = encoded(source, self._plan, to=to, fp32_as=self._fp32_as)
+        with closing(stream):
+            if self._engines is None:
+                for _ in stream:
+                    pass
+                return None
+            return self._send(self._engines, stream, version, kv_scales)
+
+    def _send(
+        self,
+        engines: Engines,
+        stream: Stream,
+        version: int,
+        kv_scales: KVScales | KVMeasure | None,
+    ) -> SyncReport:
+        """Publish, on a rank that has clients."""
+        check_scales(kv_scales, version, self._layout)
+        engines.introduce(self._outbox, mirror=self._mirror)
+        base = self._ledger_base if self._ledger_base == engines.common_base() else None
+        self._ledger_base = None  # until the ledger holds this version, whole
+        update = Update(self._layout, self._ledger, engines, self._outbox, version, base)
         began = time.perf_counter()
-        records: Records = {}
-        bf16_nbytes = 0
-        for name, tensor in source:
-            if self._writer is not None:
-                bf16_nbytes += 2 * tensor.numel()
-                self._writer.write_weight(name, tensor, records)
-        if self._client is None or self._writer is None:
-            return None
-        refuse_missing(version, self._writer.weights, records)
-        if not callable(kv_scales):
-            _write_scales(self._writer, kv_scales, version, records)
-        elif not self._writer.scales:
-            raise SourceError(f"version {version}: KV scales of no layer; was kv_layers set?")
-        written = time.perf_counter()
-        published, kv_seconds = _transact(self._client, self._writer, version, kv_scales, records)
-        engine_seconds = time.perf_counter() - written - kv_seconds
+        try:
+            update.send(stream, None if callable(kv_scales) else kv_scales)
+            sent = time.perf_counter()
+            scales = update.apply(kv_scales)
+            committed = update.commit()
+        except BaseException as error:
+            update.abandon(f"{type(error).__name__}: {error}")
+            raise
+        self._ledger_base = committed if self._ledger is not None else None
         return SyncReport(
             version=version,
-            tensors=len(records),
-            nbytes=sum(record.nbytes for record in records.values()),
-            bf16_nbytes=bf16_nbytes,
-            quantize_seconds=written - began,
-            engine_seconds=engine_seconds,
-            kv_seconds=kv_seconds,
-            kv_scales=published,
+            kind="full" if update.base is None else "delta",
+            tensors=len(update.records),
+            nbytes=update.nbytes,
+            bf16_nbytes=2 * self._parameters,
+            quantize_seconds=sent - began,
+            engine_seconds=time.perf_counter() - sent - update.kv_seconds,
+            kv_seconds=update.kv_seconds,
+            kv_scales=scales,
+            failed={i: f"{type(e).__name__}: {e}" for i, e in engines.failures.items()},
         )
-
-
-def _transact(
-    client: SyncClient,
-    writer: SegmentWriter,
-    version: int,
-    kv_scales: KVScales | Callable[[], KVScales] | None,
-    records: Records,
-) -> tuple[KVScales | None, float]:
-    """Carry out the update; returns the scales that went with it and the seconds to measure them.
-
-    ``records`` are the tensors of the first manifest; those of a second one are added to them.
-    """
-    seconds = 0.0
-    client.start_weight_update()
-    if callable(kv_scales):
-        _send(client, version, records, "follow")
-        began = time.perf_counter()
-        kv_scales = kv_scales()
-        seconds = time.perf_counter() - began
-        scales: Records = {}
-        _write_scales(writer, kv_scales, version, scales)
-        _send(client, version, scales, _provenance(kv_scales))
-        records |= scales
-    else:
-        _send(client, version, records, _provenance(kv_scales))
-    client.finish_weight_update(str(version))
-    return kv_scales, seconds
-
-
-def _write_scales(
-    writer: SegmentWriter, scales: KVScales | None, version: int, records: Records
-) -> None:
-    """Write the scales of every layer; refused where one is missing or of another version."""
-    if scales is not None:
-        if scales.version != version:
-            raise KVScaleError(
-                f"version {version} is published with KV scales that were measured on version "
-                f"{scales.version}; measure them on the weights that are sent"
-            )
-        writer.write_scales(scales, records)
-    refuse_missing(version, writer.scales, records)
-
-
-def _provenance(scales: KVScales | None) -> KVProvenance | None:
-    if scales is None:
-        return None
-    return KVProvenance(version=scales.version, observer=scales.observer, tokens=scales.tokens)
-
-
-def _send(
-    client: SyncClient,
-    version: int,
-    records: Records,
-    kv_scales: KVProvenance | Literal["follow"] | None,
-) -> None:
-    """Have the engine apply and prove one manifest."""
-    manifest = Manifest(version=version, tensors=tuple(records.values()), kv_scales=kv_scales)
-    client.update_weights({"manifest": manifest.model_dump(mode="json")})

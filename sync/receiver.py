@@ -2,25 +2,28 @@
 
 One update is one transaction, run inside each vLLM worker:
 
-    manifest -> may it come in? (``admission.py``) -> copy each tensor, check its digest -> load the
-    weights through vLLM's layerwise reload, write the KV scales -> read all back, compare -> commit
+    stages     copied into memory of our own; the engine serves on
+    manifest   may it come in? (``admission.py``) -> decode, check fingerprints -> load what changed
+               through vLLM's layerwise reload, write the KV scales -> read back, compare
+    finish     commit: the mirror is exchanged, the version counts
 
 The scales may come in a second manifest of the same update, measured in between on the very weights
 just applied; until they come the model computes with the scales committed last. Everything up to
-the load is checked before the first byte is applied. Every tensor is owned here (vLLM keeps
-references until a layer is complete; the segment is the trainer's). A failure at any point raises
-with the tensor's name, and ``failure`` says why until a good update lands; whoever drives the
-engine serves nothing while it is set. Prefix-cache reset needs the scheduler and is done by the
-engine process after the commit.
+the load is checked before the first byte is applied; a failure there changes nothing. One after
+that is undone from the mirror, and the old version proven again. Where no mirror is kept, or the
+undoing fails, ``failure`` says why until a good update lands; whoever drives the engine serves
+nothing while it is set. Prefix-cache reset needs the scheduler and is done by the engine process
+after the commit.
 
-Left out: tensor-parallel engines, several segments, deltas.
+A trainer that dies in the midst leaves an update that was applied and not committed: nothing is
+served until it is undone, by ``abandon`` or by the next publisher that introduces itself.
 """
 
 from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,75 +34,51 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.model_executor.model_loader.reload import (
-    finalize_layerwise_reload,
-    initialize_layerwise_reload,
-)
 
-from fp8rl.quant import KVObservation, KVObserver, KVScaleError, KVScales
-from fp8rl.sync.admission import admit_scales, admit_weights, copy_verified, shown
+from fp8rl.quant import KVObservation, KVObserver, KVScales
 from fp8rl.sync.engine_scales import (
     held_scales,
     read_scales,
     refuse_unsupported,
     scale_differences,
-    write_scales,
 )
-from fp8rl.sync.engine_state import abandon_reload, differences, expected_tensors, fit_biases
-from fp8rl.sync.errors import ManifestError, ReadBackError, SegmentError
-from fp8rl.sync.manifest import Manifest, is_kv_scale, parse_manifest
-from fp8rl.sync.segment import Segment
-
-Tensors = dict[str, torch.Tensor]
-
-
-@dataclass
-class ShmInitInfo(WeightTransferInitInfo):
-    """Where the trainer's segment lies."""
-
-    path: str
-    nbytes: int
+from fp8rl.sync.errors import (
+    ManifestError,
+    NotIntroducedError,
+    PublisherError,
+    UpdateAbandonedError,
+)
+from fp8rl.sync.inboxes import open_inbox
+from fp8rl.sync.manifest import parse_manifest
+from fp8rl.sync.staging import Staging
+from fp8rl.sync.transaction import Transaction, UpdateReport
+from fp8rl.sync.transport import Inbox, parse_introduction, parse_stage
 
 
 @dataclass
-class ShmUpdateInfo(WeightTransferUpdateInfo):
-    """One manifest of an update, as JSON values."""
+class InitInfo(WeightTransferInitInfo):
+    """Who publishes, through which transport, and whether each worker keeps a mirror."""
 
-    manifest: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class UpdateReport:
-    """What one committed update was, and where its time went (seconds)."""
-
-    version: int
-    tensors_proven: int
-    kv_scales_proven: int
-    seconds: dict[str, float] = field(default_factory=dict)
+    publisher: str
+    transport: dict[str, Any]
+    mirror: bool = True
 
 
 @dataclass
-class _Update:
-    """An update whose weights are applied and proven; ``scales`` is None until they are too."""
+class UpdateInfo(WeightTransferUpdateInfo):
+    """One step of an update: a stage of its payload, its manifest, or the reason to give it up."""
 
-    version: int
-    weights: int
-    scales: Tensors | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    clock: float = field(default_factory=time.perf_counter)
-
-    def lap(self, name: str) -> None:
-        """Book the time since the last lap."""
-        now = time.perf_counter()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.clock
-        self.clock = now
+    publisher: str
+    stage: dict[str, Any] | None = None
+    manifest: dict[str, Any] | None = None
+    abandon: str | None = None
 
 
-class ShmReceiver(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
-    """Receives FP8 weights and KV scales through shared memory (backend ``fp8rl_shm``)."""
+class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """Receives FP8 weights and KV scales in one vLLM worker (backend ``fp8rl``)."""
 
-    init_info_cls = ShmInitInfo
-    update_info_cls = ShmUpdateInfo
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
     supports_draft_weight_update = False
 
     def __init__(
@@ -110,78 +89,87 @@ class ShmReceiver(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         model: torch.nn.Module,
     ) -> None:
         super().__init__(config, vllm_config, device, model)
-        ranks = vllm_config.parallel_config.world_size
-        if ranks != 1:
-            raise ManifestError(f"fp8rl_shm serves engines of one worker; this one has {ranks}")
         refuse_unsupported(model, vllm_config.compilation_config)
-        self.expected = {tensor.name: tensor for tensor in expected_tensors(model)}
-        self.version: int | None = None
+        self.weights = Transaction(model, self.model_config)
         self.report: UpdateReport | None = None
-        self._failure: str | None = "no weights have been published yet"
+        self._staging = Staging(self.weights.expected.values())
+        self._staging_seconds = 0.0
         self._sleep_level: int | None = None
-        self._segment: Segment | None = None
-        self._update: _Update | None = None
-        self._committed: Tensors = {}  # the KV scales
+        self._publisher: str | None = None
+        self._inbox: Inbox | None = None
+        self._keep_mirror = True
         self._observer: KVObserver | None = None
         self._watch = ExitStack()
+
+    @property
+    def version(self) -> int | None:
+        """The version that was proven and committed last."""
+        return self.weights.held.base.version if self.weights.held is not None else None
 
     @property
     def failure(self) -> str | None:
         """Why nothing may be served; None where all is well."""
         if self._sleep_level is not None:
             return f"the engine sleeps (level {self._sleep_level}); wake it up"
-        return self._failure
+        return self.weights.failure
 
-    def init_transfer_engine(self, init_info: ShmInitInfo) -> None:
-        """Attach the trainer's segment; a new trainer may attach in place of an old one."""
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        """Open a publisher's transport; it takes the place of the one before.
+
+        What that one left unfinished is undone. Raises ManifestError, TransportError.
+        """
+        introduction = parse_introduction(init_info.transport)
         self.shutdown()
-        self._segment = Segment.attach(init_info.path, init_info.nbytes)
+        self._drop(f"publisher {init_info.publisher} took over")
+        self._inbox = open_inbox(introduction, self.parallel_config.rank)
+        self._publisher, self._keep_mirror = init_info.publisher, init_info.mirror
 
     def start_weight_update(self) -> None:
-        """Begin: from here on nothing is served until ``finish_weight_update``."""
-        self._failure = "an update has begun and was not finished"
-        self._drop_update()
+        """Begin. The version held is served on until a manifest is applied.
 
-    def receive_weights(self, update_info: ShmUpdateInfo) -> None:
-        """Validate, copy, apply and prove one manifest.
+        Raises NotIntroducedError: no publisher has introduced itself.
+        """
+        if self._inbox is None:
+            raise NotIntroducedError(
+                "no publisher is known to this engine; init_weight_transfer_engine comes first, "
+                "also after the engine was restarted"
+            )
+        self._drop("a new update began before it was finished")
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        """Take in a stage, or apply and prove a manifest, or give the update up.
 
         Raises:
-            ManifestError, KVScaleError: it does not fit; nothing of it was applied.
-            CorruptTensorError: bytes differ from their digest, NaN or Inf; likewise.
-            ReadBackError: the engine does not hold what was sent.
+            What ``Transaction.apply`` and ``Staging.receive`` raise. NotIntroducedError,
+            PublisherError: no publisher, or another, has introduced itself.
+            UpdateAbandonedError: the update was given up, as asked.
         """
-        try:
-            self._update = self._apply(parse_manifest(update_info.manifest))
-        except BaseException as error:
-            self._drop_update()
-            self._failure = f"{type(error).__name__}: {error}"
-            raise
+        self._check_publisher(update_info.publisher)
+        if update_info.stage is not None:
+            self._receive_stage(update_info.stage)
+        elif update_info.manifest is not None:
+            self._apply(update_info.manifest)
+        else:
+            reason = update_info.abandon or "an update_weights call without content"
+            self._drop(reason)
+            raise UpdateAbandonedError(f"the update was given up: {reason}")
 
     def finish_weight_update(self) -> None:
         """Commit the version that was applied and proven.
 
         Raises ManifestError where no weights were applied, KVScaleError where scales are missing.
         """
-        update = self._update
-        if update is None:
-            raise ManifestError("finish_weight_update came before a complete update")
-        if update.scales is None:
-            missing = [name for name in self.expected if is_kv_scale(name)]
-            raise KVScaleError(
-                f"version {update.version}: its KV scales were to follow and never came: "
-                f"{shown(missing)}"
-            )
-        proven = update.weights + len(update.scales)
-        self.report = UpdateReport(update.version, proven, len(update.scales), update.seconds)
-        self.version, self._committed = update.version, update.scales
-        self._drop_update()
-        self._failure = None
+        self._stop_watching()
+        report = self.weights.commit(keep=self._keep_mirror)
+        seconds = {"stage": self._staging_seconds, **report.seconds}
+        self.report = replace(report, seconds=seconds)
 
     def shutdown(self) -> None:
-        """Let go of the segment; the weights stay."""
-        if self._segment is not None:
-            self._segment.close()
-            self._segment = None
+        """Let go of the transport; the weights stay."""
+        if self._inbox is not None:
+            self._inbox.close()
+            self._inbox = None
+        self._publisher = None
 
     def kv_state(self) -> dict[str, dict[str, list[float]]]:
         """The KV scales that the live model holds: layer -> q, k or v -> its copies.
@@ -195,7 +183,8 @@ class ShmReceiver(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
 
         Empty where all is well, or nothing was committed yet.
         """
-        return scale_differences(self.model, self._committed) if self._committed else []
+        held = self.weights.held
+        return scale_differences(self.model, held.scales) if held and held.scales else []
 
     def start_observation(self, in_use: bool, histogram: bool) -> None:
         """Have every forward of the model feed an observer, until ``end_observation``.
@@ -209,7 +198,7 @@ class ShmReceiver(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         """
         from fp8rl.sync.qkv_engine import EngineQKV
 
-        if self._update is None:
+        if self.weights.applied_version is None:
             raise ManifestError(
                 "KV scales are observed on weights that an update has just applied; begin an "
                 "update and send its weights first"
@@ -235,12 +224,13 @@ class ShmReceiver(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         KVScaleError where NaN, Inf or only zeros were observed.
         """
         observation = KVObservation.from_json(seen)
-        if self._update is None or not bool(observation.saturation().any()):
+        version = self.weights.applied_version
+        if version is None or not bool(observation.saturation().any()):
             return False
         fitting = KVScales.from_amax(
-            observation.amax(), version=self._update.version, tokens=observation.tokens
+            observation.amax(), version=version, tokens=observation.tokens
         )
-        self._set_scales(fitting.tensors())
+        self.weights.hold_scales(fitting.tensors())
         return True
 
     def slept(self, level: int) -> None:
@@ -248,11 +238,10 @@ class ShmReceiver(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
 
         An update that was under way is lost.
         """
+        self._drop("the engine went to sleep")
         self._sleep_level = level
-        self._drop_update()
         if level == 2:
-            self._committed = {}
-            self._failure = "the engine slept at level 2, which discarded its weights; publish"
+            self.weights.discard("the engine slept at level 2, which discarded its weights; publish")
 
     def woke(self) -> None:
         """Say that the engine is awake: write the committed KV scales again and prove them.
@@ -260,81 +249,50 @@ class ShmReceiver(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         vLLM up to 0.28 sets them to 1.0 when the cache wakes. Raises ReadBackError.
         """
         self._sleep_level = None
-        if self._committed:
-            try:
-                self._set_scales(self._committed)
-            except ReadBackError as error:
-                self._failure = f"after waking up: {error}"
-                raise
+        self.weights.restore_scales()
 
-    def _drop_update(self) -> None:
-        """Forget the update that was under way, and stop observing for it."""
-        self._update = None
+    def _check_publisher(self, publisher: str) -> None:
+        if publisher != self._publisher:
+            raise PublisherError(
+                f"publisher {publisher} was replaced: this engine takes its updates from "
+                f"{self._publisher} now; one trainer publishes to an engine at a time"
+            )
+
+    def _receive_stage(self, raw: dict[str, Any]) -> None:
+        stage = parse_stage(raw)
+        if stage.start == 0:
+            self._staging_seconds = 0.0
+        began = time.perf_counter()
+        assert self._inbox is not None  # _check_publisher
+        try:
+            self._staging.receive(stage, self._inbox)
+        except (ValueError, RuntimeError) as error:
+            self._fail(error)
+            raise
+        self._staging_seconds += time.perf_counter() - began
+
+    def _apply(self, raw: dict[str, Any]) -> None:
+        try:
+            manifest = parse_manifest(raw)
+            payload = self._staging.take(manifest.payload_nbytes)
+        except ValueError as error:
+            self._fail(error)
+            raise
+        self.weights.apply(manifest, payload)
+
+    def _fail(self, error: Exception) -> None:
+        """Give the update up for an error, and remember that."""
+        reason = f"{type(error).__name__}: {error}"
+        self._drop(reason)
+        self.weights.last_error = reason
+
+    def _drop(self, reason: str) -> None:
+        """Forget what came in of an update, and undo what was applied of it."""
+        self._stop_watching()
+        self._staging.clear()
+        if self.weights.applied_version is not None:
+            self.weights.undo(reason)
+
+    def _stop_watching(self) -> None:
         self._watch.close()
         self._observer = None
-
-    def _apply(self, manifest: Manifest) -> _Update:
-        update = self._update
-        if update is None:
-            return self._apply_weights(manifest)
-        if update.scales is not None:
-            raise ManifestError(
-                f"version {update.version} is applied already; finish it before sending more"
-            )
-        admit_scales(manifest, self.expected, awaited=update.version)
-        update.clock = time.perf_counter()
-        scales = self._read(manifest)
-        update.lap("copy")
-        self._set_scales(scales)
-        update.lap("kv_scales")
-        update.scales = scales
-        return update
-
-    def _apply_weights(self, manifest: Manifest) -> _Update:
-        admit_weights(manifest, self.expected, self.version)
-        update = _Update(manifest.version, weights=0)
-        tensors = self._read(manifest)
-        weights = {n: tensor for n, tensor in tensors.items() if not is_kv_scale(n)}
-        update.weights = len(weights)
-        update.lap("copy")
-        self._load(weights)
-        update.lap("load")
-        _raise_if_any(differences(self.model, weights))
-        update.lap("read_back")
-        if manifest.kv_scales == "follow":
-            self._set_scales(self._committed or self._ones())
-        else:
-            update.scales = {n: tensor for n, tensor in tensors.items() if is_kv_scale(n)}
-            self._set_scales(update.scales)
-        update.lap("kv_scales")
-        return update
-
-    def _ones(self) -> Tensors:
-        """Scales for measuring the first ones; nothing is ever served under them."""
-        return {name: torch.ones(1) for name in self.expected if is_kv_scale(name)}
-
-    def _set_scales(self, scales: Tensors) -> None:
-        write_scales(self.model, scales)
-        _raise_if_any(scale_differences(self.model, scales))
-
-    def _read(self, manifest: Manifest) -> Tensors:
-        if self._segment is None:
-            raise SegmentError("no segment is attached; init_weight_transfer_engine comes first")
-        return copy_verified(manifest, self._segment)
-
-    def _load(self, weights: Tensors) -> None:
-        initialize_layerwise_reload(self.model)
-        try:
-            self.model.load_weights(iter(weights.items()))
-            finalize_layerwise_reload(self.model, self.model_config)
-            fit_biases(self.model)
-        except BaseException:
-            abandon_reload(self.model)
-            raise
-
-
-def _raise_if_any(problems: list[str]) -> None:
-    if problems:
-        raise ReadBackError(
-            f"{len(problems)} difference(s) after the update: {shown(problems, '; ')}"
-        )

@@ -49,3 +49,17 @@ class IterableSource:
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the tensors themselves; nothing is copied."""
         yield from self._tensors.items()
+
+
+def encoded(source, plan, *, to, fp32_as=None):
+    from fp8rl.quant import NonFiniteWeightError, quantize_blockwise
+
+    for name, tensor in source:
+        if plan.is_quantized(name):
+            yield name, quantize_blockwise(tensor, name=name, fp32_as=fp32_as)
+        else:
+            bad = ~torch.isfinite(tensor)
+            if bool(bad.any()):
+                first = tuple(bad.nonzero()[0].tolist())
+                raise NonFiniteWeightError(name, int(bad.sum()), first, float(tensor[first]))
+            yield name, tensor.to(plan.entry(name).dtype)

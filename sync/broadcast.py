@@ -1,0 +1,212 @@
+"""The transport over a network: ``torch.distributed`` broadcasts, Gloo or NCCL.
+
+    rank 0           the trainer rank that publishes
+    ranks 1 .. n     every worker of every engine, engine by engine
+
+The group is its own: it needs no default group and joins none, so trainer and engines keep theirs.
+A stage is announced to all engines and broadcast at the same time; an engine that refuses is heard
+at once, and the group, in which others may be waiting, is given up and met anew at the next publish.
+Bytes are sent once by rank 0, whatever the number of engines. Over NCCL they pass through device
+memory, one stage at a time.
+
+Left out: engines that join or leave between two publishes; make a new ``Publisher`` for that.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from jaxtyping import UInt8
+from torch import Tensor
+
+from fp8rl.sync.errors import TransportError
+from fp8rl.sync.slot_outbox import SLOTS, SlotOutbox
+from fp8rl.sync.transport import BroadcastIntroduction, Send, Stage
+
+POLL_SECONDS = 0.001
+
+
+class BroadcastOutbox(SlotOutbox):
+    """Broadcasts payloads to the workers of several engines."""
+
+    def __init__(
+        self,
+        largest_payload: int,
+        workers: list[int],
+        backend: Literal["gloo", "nccl"],
+        host: str,
+        timeout_seconds: float,
+    ) -> None:
+        """``workers``: of each engine. ``host``: this host, as the engines reach it."""
+        super().__init__(largest_payload)
+        self._workers, self._backend, self._host = workers, backend, host
+        self._timeout = timeout_seconds
+        self._slots = torch.empty((SLOTS, self.slot_bytes), dtype=torch.uint8)
+        self._announcer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fp8rl-announce")
+        self._store: dist.Store | None = None
+        self._group: _Group | None = None
+
+    def introductions(self) -> list[dict[str, Any]]:
+        """Where to meet; opens the meeting point, on ``host`` alone, at a port of its own."""
+        self._group = None
+        with socket.create_server((self._host, 0)) as listener:
+            port = listener.getsockname()[1]
+            self._store = dist.TCPStore(
+                self._host,
+                port,
+                is_master=True,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=self._timeout),
+                master_listen_fd=listener.detach(),
+            )
+        first, found = 1, []
+        for workers in self._workers:
+            found.append(
+                BroadcastIntroduction(
+                    backend=self._backend,
+                    host=self._host,
+                    port=port,
+                    first_rank=first,
+                    world_size=1 + sum(self._workers),
+                    timeout_seconds=self._timeout,
+                ).model_dump()
+            )
+            first += workers
+        return found
+
+    def connect(self) -> None:
+        """Wait until every worker has joined; raises TransportError where one does not."""
+        assert self._store is not None  # introductions come first
+        size = 1 + sum(self._workers)
+        self._group = _Group(self._backend, self._store, 0, size, self._host, self._timeout)
+
+    def slot(self, number: int) -> UInt8[Tensor, " slot_bytes"]:
+        """The memory of a slot."""
+        return self._slots[number]
+
+    def carry(self, stage: Stage, data: UInt8[Tensor, " n"], send: Send) -> None:
+        """Announce a stage and broadcast it meanwhile."""
+        if self._group is None:
+            raise TransportError("the group of a broadcast that failed is gone; publish again")
+        answer = self._announcer.submit(send, {"stage": stage.model_dump()})
+        try:
+            self._group.broadcast(data, answer)
+            answer.result()
+        except BaseException:
+            self._group = None
+            raise
+
+    def close(self) -> None:
+        """Leave the group."""
+        super().close()
+        self._announcer.shutdown(wait=False)
+        self._group = self._store = None
+
+
+class BroadcastInbox:
+    """An engine worker's place in the group."""
+
+    def __init__(self, introduction: BroadcastIntroduction, worker: int) -> None:
+        """Join; raises TransportError where the trainer, or another worker, is not there."""
+        timeout = introduction.timeout_seconds
+        try:
+            store = dist.TCPStore(
+                introduction.host,
+                introduction.port,
+                is_master=False,
+                timeout=timedelta(seconds=timeout),
+            )
+        except (RuntimeError, ValueError) as error:
+            place = f"{introduction.host}:{introduction.port}"
+            raise TransportError(f"the trainer cannot be met at {place}: {error}") from error
+        rank = introduction.first_rank + worker
+        self._group = _Group(
+            introduction.backend, store, rank, introduction.world_size, introduction.host, timeout
+        )
+
+    def fetch(self, stage: Stage, out: UInt8[Tensor, " n"]) -> None:
+        """Take part in the broadcast of a stage."""
+        self._group.broadcast(out)
+
+    def close(self) -> None:
+        """Leave the group."""
+        del self._group
+
+
+class _Group:
+    """A process group outside of the default one, whose rank 0 broadcasts."""
+
+    def __init__(
+        self, backend: str, store: dist.Store, rank: int, size: int, host: str, timeout: float
+    ) -> None:
+        self._cuda = backend == "nccl"
+        self._timeout = timeout
+        limit = timedelta(seconds=timeout)
+        try:
+            if self._cuda:
+                nccl = dist.ProcessGroupNCCL.Options()
+                nccl._timeout = limit
+                self._group: Any = dist.ProcessGroupNCCL(store, rank, size, nccl)
+            else:
+                gloo = dist.ProcessGroupGloo._Options()
+                gloo._timeout = limit
+                gloo._devices = [_device(host)]
+                self._group = dist.ProcessGroupGloo(store, rank, size, gloo)
+        except (RuntimeError, ValueError) as error:
+            raise TransportError(
+                f"rank {rank} of {size}: not everybody joined within {timeout} s: {error}"
+            ) from error
+
+    def broadcast(self, data: UInt8[Tensor, " n"], answer: Future[None] | None = None) -> None:
+        """Send ``data`` from rank 0 into that of the others.
+
+        answer: that of the engines; if it is an error the broadcast is not waited for any longer.
+        """
+        moved = data.cuda() if self._cuda else data
+        try:
+            work = self._group.broadcast([moved], _from_rank_0())
+            if not _wait(work, answer, time.monotonic() + self._timeout):
+                return
+        except (RuntimeError, ValueError) as error:
+            raise TransportError(f"a stage of {len(data)} bytes was not broadcast: {error}") from error
+        if self._cuda:
+            data.copy_(moved)
+
+
+def _wait(work: Any, answer: Future[None] | None, deadline: float) -> bool:
+    """Wait for a broadcast; False where the answer says that nobody will take part in it."""
+    while not work.is_completed():
+        if answer is not None and answer.done() and answer.exception() is not None:
+            return False
+        if time.monotonic() > deadline:
+            raise TransportError("not everybody took part in time")
+        time.sleep(POLL_SECONDS)
+    work.wait()
+    return True
+
+
+def _from_rank_0() -> dist.BroadcastOptions:
+    options = dist.BroadcastOptions()
+    options.rootRank = options.rootTensor = 0
+    return options
+
+
+def _device(host: str) -> Any:
+    """The network device for Gloo: loopback where the meeting point is, else this host's own."""
+    if host == "localhost" or _is_loopback(host):
+        return dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")
+    return dist.ProcessGroupGloo.create_default_device()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,155 @@
+"""The engines that a publisher updates, driven in step: one, or several replicas.
+
+Every call goes to all engines at once. One that fails leaves the update: it is told to give it up,
+the others go on, and it takes part again, introduced anew, in the next. Only when none is left does
+the call raise. Which version each engine committed last is kept here, for deltas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, Protocol, runtime_checkable
+
+from fp8rl.sync.errors import EnginesError
+from fp8rl.sync.manifest import Base
+from fp8rl.sync.transport import Outbox
+
+
+@runtime_checkable
+class SyncClient(Protocol):
+    """The engine's control plane: the four methods of vLLM's ``VLLMWeightSyncClient``."""
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Tell every worker who publishes and through which transport."""
+
+    def start_weight_update(self) -> None:
+        """Begin an update."""
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Take in a stage, or apply and prove a manifest; raises what the engine found wrong."""
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Commit the version and serve it."""
+
+
+class _Engine:
+    """One engine: the way to it, what it committed last, and what went wrong in this update."""
+
+    def __init__(self, client: SyncClient) -> None:
+        self.client = client
+        self.base: Base | None = None
+        self.introduced = False
+        self.error: Exception | None = None
+
+
+class Engines:
+    """All engines of one publisher, numbered as they were given."""
+
+    def __init__(self, clients: Sequence[SyncClient], publisher: str) -> None:
+        self._engines = [_Engine(client) for client in clients]
+        self._publisher = publisher
+        self._pool = ThreadPoolExecutor(len(clients), thread_name_prefix="fp8rl-engine")
+
+    @property
+    def failures(self) -> dict[int, Exception]:
+        """The engines that left this update: number -> what they answered."""
+        return {i: e.error for i, e in enumerate(self._engines) if e.error is not None}
+
+    def introduce(self, outbox: Outbox, *, mirror: bool) -> None:
+        """Introduce the publisher to all engines, if one of them does not know it.
+
+        Raises the first engine's error where none can be reached.
+        """
+        for engine in self._engines:
+            engine.error = None
+        if all(engine.introduced for engine in self._engines):
+            return
+        common = {"publisher": self._publisher, "mirror": mirror}
+        answers = [
+            self._pool.submit(
+                engine.client.init_weight_transfer_engine, {"transport": introduction, **common}
+            )
+            for engine, introduction in zip(self._engines, outbox.introductions(), strict=True)
+        ]
+        outbox.connect()
+        for engine, answer in zip(self._engines, answers, strict=True):
+            engine.error = _error_of(answer.exception())
+            engine.introduced = engine.error is None
+        self._raise_if_none_left()
+
+    def rejoin(self) -> None:
+        """Take the engines that left this update in again, to send it in another way."""
+        for engine in self._engines:
+            engine.error = None
+
+    def common_base(self) -> Base | None:
+        """The version that every engine committed last, if it is one and the same."""
+        bases = {engine.base for engine in self._engines}
+        return bases.pop() if len(bases) == 1 else None
+
+    def start(self) -> None:
+        """Begin an update on all engines; one that a publisher before left open is ended."""
+        self._on_all(self._start)
+
+    def update(self, content: dict[str, Any]) -> None:
+        """Send a stage or a manifest to all engines."""
+        info = {"publisher": self._publisher, **content}
+        self._on_all(lambda engine: engine.client.update_weights(info))
+
+    def finish(self, version: int, base: Base) -> None:
+        """Commit on all engines; those that do hold ``base`` from now on."""
+        self._on_all(lambda engine: engine.client.finish_weight_update(str(version)))
+        for engine in self._engines:
+            if engine.error is None:
+                engine.base = base
+
+    def abandon(self, reason: str) -> None:
+        """Have every engine that is still in the update give it up."""
+        for engine in self._engines:
+            if engine.error is None:
+                self._abandon(engine, reason)
+
+    def close(self) -> None:
+        """Stop the threads; the engines live on."""
+        self._pool.shutdown(wait=False)
+
+    def _start(self, engine: _Engine) -> None:
+        try:
+            engine.client.start_weight_update()
+        except (ValueError, RuntimeError):  # vLLM refuses while a session is open
+            self._abandon(engine, "another update begins")
+            engine.client.start_weight_update()
+
+    def _on_all(self, call: Callable[[_Engine], None]) -> None:
+        taking_part = [engine for engine in self._engines if engine.error is None]
+        answers = [self._pool.submit(call, engine) for engine in taking_part]
+        for engine, answer in zip(taking_part, answers, strict=True):
+            engine.error = _error_of(answer.exception())
+            if engine.error is not None:
+                engine.base, engine.introduced = None, False
+                self._abandon(engine, str(engine.error))
+        self._raise_if_none_left()
+
+    def _abandon(self, engine: _Engine, reason: str) -> None:
+        """Tell an engine; it answers with an error whatever it is told, which ends its session."""
+        with suppress(ValueError, RuntimeError, OSError):
+            engine.client.update_weights({"publisher": self._publisher, "abandon": reason})
+
+    def _raise_if_none_left(self) -> None:
+        errors = [engine.error for engine in self._engines]
+        if any(error is None for error in errors):
+            return
+        if len(errors) == 1:
+            assert errors[0] is not None
+            raise errors[0]
+        answers = "; ".join(f"engine {i}: {e}" for i, e in enumerate(errors))
+        raise EnginesError(f"none of {len(errors)} engines took the update: {answers}")
+
+
+def _error_of(raised: BaseException | None) -> Exception | None:
+    """What a call raised; an interrupt goes on."""
+    if raised is not None and not isinstance(raised, Exception):
+        raise raised
+    return raised

@@ -1,0 +1,101 @@
+"""Cuts a payload into stages: slots that are filled while others are on their way.
+
+    fill slot 0 | fill slot 1 | wait for 0, fill it | ...      the caller
+                | carry 0     | carry 1             | ...      one thread, in order
+
+A slot is filled again only after its stage was carried: announced to every engine, and copied by
+it. So no engine reads bytes that change, and quantizing overlaps with the transport.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from jaxtyping import UInt8
+from torch import Tensor
+
+from fp8rl.sync.errors import TransportError
+from fp8rl.sync.transport import STAGE_BYTES, Send, Stage
+
+SLOTS = 2
+
+
+class SlotOutbox:
+    """What outboxes with slots share; they say where the slots lie and how a stage is carried."""
+
+    def __init__(self, largest_payload: int) -> None:
+        """A payload of at most ``largest_payload`` bytes needs no larger slots than that."""
+        self.slot_bytes = min(STAGE_BYTES, largest_payload)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fp8rl-outbox")
+        self._carried: list[Future[None]] = []  # by stage
+        self._send: Send | None = None
+        self._total = self._start = self._filled = 0
+
+    def slot(self, number: int) -> UInt8[Tensor, " slot_bytes"]:
+        """The memory of a slot."""
+        raise TransportError(f"{type(self).__name__} has no slot {number}")
+
+    def carry(self, stage: Stage, data: UInt8[Tensor, " n"], send: Send) -> None:
+        """Bring a stage, whose bytes are ``data``, to every engine."""
+        send({"stage": stage.model_dump()})
+
+    def begin(self, nbytes: int, send: Send) -> None:
+        """Begin a payload; see ``Outbox``."""
+        self.abandon()
+        self._send, self._total = send, nbytes
+
+    def write(self, data: UInt8[Tensor, " n"]) -> None:
+        """Copy bytes into slots, and have every slot carried that is full."""
+        while len(data):
+            if self._filled == 0:
+                self._wait_for_slot()
+            room = min(len(data), self.slot_bytes - self._filled)
+            here = self.slot(len(self._carried) % SLOTS)
+            here[self._filled : self._filled + room].copy_(data[:room])
+            self._filled += room
+            data = data[room:]
+            if self._filled == self.slot_bytes:
+                self._dispatch()
+
+    def finish(self) -> None:
+        """Have the rest carried and wait for every stage."""
+        if self._filled:
+            self._dispatch()
+        for carried in self._carried:
+            carried.result()
+        if self._start != self._total:
+            raise TransportError(f"{self._start} of {self._total} bytes of a payload were written")
+
+    def abandon(self) -> None:
+        """Wait until no engine reads a slot any more, whatever its answer, and forget the rest."""
+        for carried in self._carried:
+            if not carried.cancel():
+                carried.exception()
+        self._carried, self._send = [], None
+        self._total = self._start = self._filled = 0
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self.abandon()
+        self._thread.shutdown()
+
+    def _wait_for_slot(self) -> None:
+        """Wait until the stage that used this slot before was carried; raises what it met."""
+        earlier = len(self._carried) - SLOTS
+        if earlier >= 0:
+            self._carried[earlier].result()
+
+    def _dispatch(self) -> None:
+        if self._send is None:
+            raise TransportError("bytes were written before a payload was begun")
+        number = len(self._carried) % SLOTS
+        stage = Stage(
+            start=self._start,
+            nbytes=self._filled,
+            total=self._total,
+            at=number * self.slot_bytes,
+        )
+        data = self.slot(number)[: self._filled]
+        self._carried.append(self._thread.submit(self.carry, stage, data, self._send))
+        self._start += self._filled
+        self._filled = 0
