@@ -17,7 +17,7 @@ is applied before the manifest has come and fits.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 from jaxtyping import UInt8
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter
@@ -32,6 +32,7 @@ STAGE_BYTES = 64 * 2**20  # of one stage at most; two are under way at once
 Send = Callable[[dict[str, Any]], None]
 
 
+@runtime_checkable
 class Outbox(Protocol):
     """The trainer's side of a transport to one or more engines."""
 
@@ -64,6 +65,7 @@ class Outbox(Protocol):
         ...
 
 
+@runtime_checkable
 class Inbox(Protocol):
     """An engine worker's side of a transport."""
 

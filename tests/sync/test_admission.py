@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,17 +13,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fp8rl.quant import EngineTensor, KVScaleError, QuantPlan
-from fp8rl.sync.admission import admit_scales, admit_weights, copy_verified
-from fp8rl.sync.errors import CorruptTensorError, ManifestError
+from fp8rl.sync.admission import admit_scales, admit_weights, as_bytes, unpack
+from fp8rl.sync.delta import encode_delta
+from fp8rl.sync.errors import BaseMismatchError, CorruptTensorError, ManifestError
+from fp8rl.sync.fingerprint import fingerprint
 from fp8rl.sync.manifest import (
     DTYPE_NAMES,
+    Base,
     KVProvenance,
     Manifest,
+    Parcel,
     TensorRecord,
     align,
-    digest,
 )
-from fp8rl.sync.segment import Segment
+from fp8rl.sync.mirror import Mirror
 from tests import helpers
 
 SCALES = list(helpers.scales(0).tensors())
@@ -42,7 +45,9 @@ def manifest(names: Any, kv_scales: Any = MEASURED, version: int = VERSION) -> M
         nbytes = math.prod(shape) * dtype.itemsize
         records.append(record(name, dtype, shape, end, nbytes))
         end = align(end + nbytes)
-    return Manifest(version=version, tensors=tuple(records), kv_scales=kv_scales)
+    return Manifest(
+        version=version, payload_nbytes=end, tensors=tuple(records), kv_scales=kv_scales
+    )
 
 
 def record(name: str, dtype: Any, shape: Any, offset: int, nbytes: int) -> TensorRecord:
@@ -50,18 +55,23 @@ def record(name: str, dtype: Any, shape: Any, offset: int, nbytes: int) -> Tenso
         name=name,
         dtype=DTYPE_NAMES[dtype],
         shape=shape,
-        offset=offset,
-        nbytes=nbytes,
-        digest="0" * 64,
+        digest="0" * 32,
+        parcel=Parcel(offset=offset, nbytes=nbytes),
     )
 
 
+def held(version: int) -> Mirror:
+    """An engine's mirror of that version."""
+    base = Base(version=version, digest="b" * 64)
+    return Mirror(base, {WEIGHTS[0].name: "0" * 32}, {WEIGHTS[0].name: torch.zeros(1)})
+
+
 def test_weights_with_their_scales_come_in_and_so_do_weights_whose_scales_follow() -> None:
-    assert admit_weights(manifest(EXPECTED), EXPECTED, committed=None) is None
-    assert admit_weights(manifest(EXPECTED), EXPECTED, committed=VERSION - 1) is None
-    assert admit_weights(manifest(ONLY_WEIGHTS, "follow"), EXPECTED, committed=None) is None
+    assert admit_weights(manifest(EXPECTED), EXPECTED, None) is None
+    assert admit_weights(manifest(EXPECTED), EXPECTED, held(VERSION - 1)) is None
+    assert admit_weights(manifest(ONLY_WEIGHTS, "follow"), EXPECTED, None) is None
     assert admit_scales(manifest(SCALES), EXPECTED, awaited=VERSION) is None
-    assert admit_weights(manifest(ONLY_WEIGHTS, None), ONLY_WEIGHTS, committed=None) is None
+    assert admit_weights(manifest(ONLY_WEIGHTS, None), ONLY_WEIGHTS, None) is None
 
 
 @given(sent=st.sets(st.sampled_from(list(EXPECTED)), min_size=1))
@@ -71,7 +81,7 @@ def test_whatever_is_not_sent_is_missing_by_name(sent: set[str]) -> None:
         return
     alone = sent <= set(SCALES)
     with pytest.raises(ManifestError, match="came alone" if alone else re.escape(missing[0])):
-        admit_weights(manifest(sent), EXPECTED, committed=None)
+        admit_weights(manifest(sent), EXPECTED, None)
 
 
 @given(sent=st.sets(st.sampled_from(SCALES), min_size=1, max_size=len(SCALES) - 1))
@@ -85,17 +95,17 @@ OTHER_LAYER = "model.layers.9.self_attn.attn.k_scale"
 OLD = KVProvenance(version=VERSION - 1, observer="amax", tokens=10)
 CASES: dict[str, tuple[Callable[[], None], type[Exception], str]] = {
     "an older version": (
-        lambda: admit_weights(manifest(EXPECTED), EXPECTED, committed=VERSION),
+        lambda: admit_weights(manifest(EXPECTED), EXPECTED, held(VERSION)),
         ManifestError,
         f"version {VERSION} is not newer than {VERSION}",
     ),
     "scales alone": (
-        lambda: admit_weights(manifest(SCALES), EXPECTED, committed=None),
+        lambda: admit_weights(manifest(SCALES), EXPECTED, None),
         ManifestError,
         "no weights of that version were applied",
     ),
     "scales of a layer that the engine has not": (
-        lambda: admit_weights(manifest([*EXPECTED, OTHER_LAYER]), EXPECTED, committed=None),
+        lambda: admit_weights(manifest([*EXPECTED, OTHER_LAYER]), EXPECTED, None),
         ManifestError,
         f"1 not of this model: {OTHER_LAYER}",
     ),
@@ -105,22 +115,22 @@ CASES: dict[str, tuple[Callable[[], None], type[Exception], str]] = {
         f"1 not of this model: {OTHER_LAYER}",
     ),
     "scales along although they are to follow": (
-        lambda: admit_weights(manifest(EXPECTED, "follow"), EXPECTED, committed=None),
+        lambda: admit_weights(manifest(EXPECTED, "follow"), EXPECTED, None),
         ManifestError,
         f"{len(SCALES)} not of this model: {SCALES[0]}",
     ),
     "scales to follow for a BF16 cache": (
-        lambda: admit_weights(manifest(ONLY_WEIGHTS, "follow"), ONLY_WEIGHTS, committed=None),
+        lambda: admit_weights(manifest(ONLY_WEIGHTS, "follow"), ONLY_WEIGHTS, None),
         KVScaleError,
         "this engine's KV cache is not FP8",
     ),
     "scales for a BF16 cache": (
-        lambda: admit_weights(manifest(EXPECTED), ONLY_WEIGHTS, committed=None),
+        lambda: admit_weights(manifest(EXPECTED), ONLY_WEIGHTS, None),
         ManifestError,
         f"{len(SCALES)} not of this model: {SCALES[0]}",
     ),
     "no provenance": (
-        lambda: admit_weights(manifest(EXPECTED, None), EXPECTED, committed=None),
+        lambda: admit_weights(manifest(EXPECTED, None), EXPECTED, None),
         KVScaleError,
         "no provenance",
     ),
@@ -130,7 +140,7 @@ CASES: dict[str, tuple[Callable[[], None], type[Exception], str]] = {
         "no provenance",
     ),
     "measured on other weights": (
-        lambda: admit_weights(manifest(EXPECTED, OLD), EXPECTED, committed=None),
+        lambda: admit_weights(manifest(EXPECTED, OLD), EXPECTED, None),
         KVScaleError,
         f"measured on version {VERSION - 1}, the weights are version {VERSION}",
     ),
@@ -159,51 +169,93 @@ def test_what_does_not_fit_is_refused_by_name(case: str) -> None:
         admit()
 
 
-@pytest.fixture
-def segment() -> Iterator[Segment]:
-    made = Segment.create(4096)
-    yield made
-    made.close()
+NORM = next(t for t in WEIGHTS if t.dtype == torch.bfloat16)
 
 
-def written(segment: Segment, value: float) -> Manifest:
-    """A manifest of one scale, whose bytes lie in the segment."""
-    tensor = torch.tensor([value], dtype=torch.float32)
-    segment.view(0, 4).copy_(tensor.view(torch.uint8))
-    found = record(SCALES[0], torch.float32, (1,), 0, 4)
-    sent = found.model_copy(update={"digest": digest(tensor)})
-    return Manifest(version=VERSION, tensors=(sent,), kv_scales=MEASURED)
+def sent_alone(
+    name: str, tensor: torch.Tensor, base: Base | None = None, **fields: Any
+) -> tuple[Manifest, torch.Tensor]:
+    """A manifest of one tensor, and the payload in which it lies whole."""
+    payload = as_bytes(tensor).clone()
+    plain = record(name, tensor.dtype, tuple(tensor.shape), 0, len(payload))
+    sent = plain.model_copy(update={"digest": fingerprint(tensor), **fields})
+    made = Manifest(version=VERSION, base=base, payload_nbytes=len(payload), tensors=(sent,))
+    return made, payload
+
+
+def one(value: float) -> tuple[Manifest, torch.Tensor]:
+    return sent_alone(SCALES[0], torch.tensor([value], dtype=torch.float32))
 
 
 @given(value=st.floats(min_value=2.0**-126, max_value=2.0**100, width=32))
 def test_any_positive_scale_comes_in_as_it_is(value: float) -> None:
-    with_one = Segment.create(64)
-    assert float(copy_verified(written(with_one, value), with_one)[SCALES[0]]) == value
-    with_one.close()
+    assert float(unpack(*one(value), None)[SCALES[0]]) == value
 
 
-def test_a_measured_scale_of_one_is_a_scale(segment: Segment) -> None:
-    assert float(copy_verified(written(segment, 1.0), segment)[SCALES[0]]) == 1.0
+def test_a_measured_scale_of_one_is_a_scale() -> None:
+    assert float(unpack(*one(1.0), None)[SCALES[0]]) == 1.0
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, -0.5])
-def test_a_scale_that_is_not_above_zero_is_refused(segment: Segment, value: float) -> None:
+def test_a_scale_that_is_not_above_zero_is_refused(value: float) -> None:
     with pytest.raises(KVScaleError, match=re.escape(f"{SCALES[0]}: is {value}, must be above 0")):
-        copy_verified(written(segment, value), segment)
+        unpack(*one(value), None)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_scale_that_is_not_finite_is_refused(segment: Segment, value: float) -> None:
+def test_a_scale_that_is_not_finite_is_refused(value: float) -> None:
     with pytest.raises(CorruptTensorError, match=re.escape(f"{SCALES[0]}: holds NaN or Inf")):
-        copy_verified(written(segment, value), segment)
+        unpack(*one(value), None)
 
 
-def test_a_changed_byte_is_refused_and_a_copy_is_independent_of_the_segment(
-    segment: Segment,
-) -> None:
-    sent = written(segment, 0.5)
-    copied = copy_verified(sent, segment)[SCALES[0]]
-    segment.view(0, 4)[2] ^= 1
-    assert float(copied) == 0.5
-    with pytest.raises(CorruptTensorError, match="SHA-256 differs"):
-        copy_verified(sent, segment)
+def test_a_changed_byte_is_found_by_the_fingerprint() -> None:
+    made, payload = sent_alone(NORM.name, torch.ones(NORM.shape, dtype=torch.bfloat16))
+    assert torch.equal(unpack(made, payload, None)[NORM.name], torch.ones(NORM.shape).bfloat16())
+    payload[1] ^= 1
+    with pytest.raises(CorruptTensorError, match="fingerprints differ"):
+        unpack(made, payload, None)
+
+
+def of_base(tensor: torch.Tensor) -> Mirror:
+    base = Base(version=VERSION - 1, digest="b" * 64)
+    return Mirror(base, {NORM.name: fingerprint(tensor)}, {NORM.name: tensor})
+
+
+def test_a_difference_is_applied_to_a_copy_of_what_is_held() -> None:
+    old = torch.ones(4096, dtype=torch.bfloat16)
+    new = old.clone()
+    new[7] = 1.5
+    mirror = of_base(old)
+    encoded = encode_delta(as_bytes(old), as_bytes(new), width=2)
+    assert encoded is not None
+    made, _ = sent_alone(NORM.name, new, mirror.base)
+    parcel = Parcel(encoding="delta", offset=0, nbytes=len(encoded))
+    sent = made.tensors[0].model_copy(update={"parcel": parcel})
+    made = made.model_copy(update={"tensors": (sent,)})
+    assert torch.equal(unpack(made, encoded, mirror)[NORM.name], new)
+    assert torch.equal(mirror.weights[NORM.name], torch.ones(4096).bfloat16())
+    with pytest.raises(CorruptTensorError, match="fingerprints differ"):  # another base
+        unpack(made, encoded, of_base(old * 2))
+
+
+def test_what_comes_unchanged_must_be_what_is_held() -> None:
+    old = torch.ones(64, dtype=torch.bfloat16)
+    made, _ = sent_alone(NORM.name, old, of_base(old).base, parcel=None)
+    nothing = torch.empty(0, dtype=torch.uint8)
+    assert unpack(made, nothing, of_base(old)) == {}
+    with pytest.raises(CorruptTensorError, match="comes unchanged with fingerprint"):
+        unpack(made, nothing, of_base(old * 2))
+
+
+def test_an_update_needs_the_base_that_it_was_taken_from() -> None:
+    mirror = held(VERSION - 1)
+    fits = manifest(EXPECTED).model_copy(update={"base": mirror.base})
+    assert admit_weights(fits, EXPECTED, mirror) is None
+    other = Base(version=VERSION - 1, digest="c" * 64)
+    for found, engine in (
+        ("holds no version yet", None),
+        (f"holds version {VERSION - 1} (cccccccccccc)", Mirror(other, {}, mirror.weights)),
+        ("keeps no mirror", Mirror(mirror.base, {}, {})),
+    ):
+        with pytest.raises(BaseMismatchError, match=re.escape(found)):
+            admit_weights(fits, EXPECTED, engine)

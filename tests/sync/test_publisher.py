@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fp8rl.quant import (
+    EngineTensor,
     KVScaleError,
     KVScales,
     NonFiniteWeightError,
@@ -19,10 +20,13 @@ from fp8rl.quant import (
     quantize_blockwise,
 )
 from fp8rl.sync.errors import SourceError
-from fp8rl.sync.manifest import DTYPES, digest, parse_manifest
+from fp8rl.sync.fingerprint import fingerprint
+from fp8rl.sync.manifest import DTYPES, align, parse_manifest
 from fp8rl.sync.publisher import Publisher
-from fp8rl.sync.segment import Segment
+from fp8rl.sync.shm import ShmInbox
 from fp8rl.sync.source import IterableSource, WeightSource
+from fp8rl.sync.staging import Staging
+from fp8rl.sync.transport import ShmIntroduction, parse_introduction, parse_stage
 from tests import helpers
 
 PLAN = QuantPlan.from_hf_config(helpers.hf_config())
@@ -30,28 +34,44 @@ A_WEIGHT = "model.layers.1.mlp.down_proj.weight"
 A_NORM = "model.layers.0.input_layernorm.weight"
 
 
+TENSORS = [tensor.name for tensor in PLAN.engine_tensors()]
+SCALES = list(helpers.scales(0).tensors())
+
+
 class Recorder:
-    """A client that keeps the calls, and reads the segment as an engine would."""
+    """A client that keeps the calls, and takes in the payload as an engine would."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.tensors: dict[str, torch.Tensor] = {}
         self.manifest: Any = None
         self.manifests: list[Any] = []
+        scales = [EngineTensor(name, torch.float32, (1,)) for name in SCALES]
+        self.staging = Staging([*PLAN.engine_tensors(), *scales])
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self.segment = Segment.attach(init_info["path"], init_info["nbytes"])
+        introduction = parse_introduction(init_info["transport"])
+        assert isinstance(introduction, ShmIntroduction)
+        self.inbox = ShmInbox(introduction)
 
     def start_weight_update(self) -> None:
         self.calls.append("start")
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        self.calls.append("update")
-        self.manifest = parse_manifest(update_info["manifest"])
-        self.manifests.append(self.manifest)
-        for record in self.manifest.tensors:
-            raw = self.segment.view(record.offset, record.nbytes).clone()
-            assert digest(raw) == record.digest
+        (kind,) = update_info.keys() - {"publisher"}
+        self.calls.append(kind)
+        if kind == "stage":
+            self.staging.receive(parse_stage(update_info["stage"]), self.inbox)
+        elif kind == "manifest":
+            self.take(parse_manifest(update_info["manifest"]))
+
+    def take(self, manifest: Any) -> None:
+        self.manifest = manifest
+        self.manifests.append(manifest)
+        payload = self.staging.take(manifest.payload_nbytes)
+        for record in manifest.tensors:
+            raw = payload[record.parcel.offset :][: record.parcel.nbytes]
+            assert fingerprint(raw) == record.digest
             self.tensors[record.name] = raw.view(DTYPES[record.dtype]).reshape(record.shape)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
@@ -69,7 +89,7 @@ def publish(
 def test_the_wire_carries_exactly_the_plans_tensors_and_the_scales() -> None:
     recorder, weights = Recorder(), helpers.weights(0)
     report = publish(weights, recorder, version=5)
-    assert recorder.calls == ["start", "update", "finish 5"]
+    assert recorder.calls == ["start", "stage", "manifest", "finish 5"]
     scales = helpers.scales(5).tensors()
     expected = [tensor.name for tensor in PLAN.engine_tensors()] + list(scales)
     assert list(recorder.tensors) == expected
@@ -85,7 +105,8 @@ def test_the_wire_carries_exactly_the_plans_tensors_and_the_scales() -> None:
     assert recorder.manifest.kv_scales.tokens == 100
     assert report.kv_scales == helpers.scales(5)
     assert report.tensors == len(expected)
-    assert report.nbytes == sum(t.nbytes for t in recorder.tensors.values())
+    assert report.kind == "full" and report.failed == {}
+    assert report.nbytes == sum(align(t.nbytes) for t in recorder.tensors.values())
     assert report.bf16_nbytes == sum(t.nbytes for t in weights.values())
 
 
@@ -151,7 +172,8 @@ def test_scales_measured_in_the_engine_follow_the_weights() -> None:
 
     with Publisher(PLAN, recorder, kv_layers=helpers.LAYERS) as publisher:
         report = publisher.publish(helpers.source(0), version=2, kv_scales=measure)
-    assert recorder.calls == ["start", "update", "measure", "update", "finish 2"]
+    sent = ["stage", "manifest"]
+    assert recorder.calls == ["start", *sent, "measure", *sent, "finish 2"]
     weights, scales = recorder.manifests
     assert weights.kv_scales == "follow" and scales.kv_scales.tokens == 100
     assert (weights.version, scales.version) == (2, 2)
@@ -176,7 +198,7 @@ def test_scales_that_follow_are_checked_like_those_that_come_along() -> None:
             pytest.raises(error, match=named),
         ):
             publisher.publish(helpers.source(0), version=2, kv_scales=lambda m=measured: m)
-        assert recorder.calls == ["start", "update"]  # never finished
+        assert recorder.calls == ["start", "stage", "manifest", "abandon"]
 
 
 def test_scales_for_an_engine_that_takes_none_are_refused() -> None:
@@ -194,9 +216,9 @@ def test_a_tensor_of_another_model_shape_or_twice_is_refused() -> None:
     recorder, weights = Recorder(), helpers.weights(0)
     with pytest.raises(QuantPlanError, match="no place in this plan"):
         publish({**weights, "model.layers.7.mlp.up_proj.weight": weights[A_WEIGHT]}, recorder)
-    with pytest.raises(SourceError, match=rf"{A_WEIGHT}: shape \[256, 256\], planned"):
+    with pytest.raises(SourceError, match=rf"{A_WEIGHT}: shape \[256, 256\] .*, planned"):
         publish({**weights, A_WEIGHT: torch.ones(256, 256, dtype=torch.bfloat16)}, recorder)
-    with pytest.raises(SourceError, match=r"shape \[128\], planned \[256\]"):
+    with pytest.raises(SourceError, match=r"shape \[128\] torch.bfloat16, planned \[256\]"):
         publish({**weights, A_NORM: torch.ones(128, dtype=torch.bfloat16)}, recorder)
     twice = [*weights.items(), (A_NORM, weights[A_NORM])]
 
