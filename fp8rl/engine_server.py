@@ -202,7 +202,7 @@ class EngineServer:
         if level not in (1, 2):
             raise ValueError(f"sleep level {level}: expected 1 (keep weights) or 2 (discard them)")
         self._refuse_in_flight("sleeps")
-        if self._updating:
+        if self._in_session:
             raise RuntimeError("an update is under way; finish it before the engine sleeps")
         if self._asleep:
             raise RuntimeError(f"the engine sleeps already ({sorted(self._asleep)}); wake_up first")
@@ -217,7 +217,7 @@ class EngineServer:
             ValueError: a tag that does not sleep. RuntimeError: an update is under way, whose
                 scales would be lost.
         """
-        if self._updating:
+        if self._in_session:
             raise RuntimeError("an update is under way; finish it before the engine wakes up")
         woken = self._asleep if tags is None else set(tags)
         if not woken <= self._asleep:

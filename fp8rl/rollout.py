@@ -2,7 +2,7 @@
 
 ``RolloutEngine`` starts the process and speaks to it through an ``EngineChannel``; it is the client
 through which a ``Publisher`` updates it. Generation names the weight version it wants; an engine
-that holds none as new, or whose last update failed, refuses. ``submit`` and ``collect`` are the two
+that holds none as new, or cannot prove what it holds, refuses. ``submit`` and ``collect`` are the two
 halves of ``generate``: between them the engine works on, and may be updated.
 """
 
@@ -153,7 +153,7 @@ class RolloutEngine:
             For each prompt its samples, ``sampling.samples`` of them.
 
         Raises:
-            StaleWeightsError: the engine's last update failed, or its weights are older.
+            StaleWeightsError: the engine's weights are older, or not proven to be of one version.
             EngineError: vLLM refused the request. EngineDiedError: the process ended.
         """
         ticket = self.submit(prompts, version=version, sampling=sampling, seed=seed)

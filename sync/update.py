@@ -108,6 +108,7 @@ class Update:
         refuse_missing(self._version, self._layout.weights, self.records)
         if scales is not None:
             self._writer.scales(scales)
+            refuse_missing(self._version, self._layout.scales, self.records)
 
     def _begin(self, nbytes: int) -> None:
         self._outbox.begin(nbytes, self._announce)

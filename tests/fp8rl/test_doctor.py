@@ -160,19 +160,20 @@ class StubEngine:
         return [{"backend": backend} for backend in self.backends]
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self.segment = Segment.attach(init_info["path"], init_info["nbytes"])
+        transport = init_info["transport"]
+        self.segment = Segment.attach(transport["path"], transport["nbytes"])
 
     def start_weight_update(self) -> None:
         if self.refuses:
             raise EngineError("not now")
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        if "abandoned" in update_info:
+        if "manifest" not in update_info:  # the one stage begins where the ring does
             return
         self.scales: dict[str, dict[str, list[float]]] = {}
         for record in update_info["manifest"]["tensors"]:
             if record["name"].endswith(("q_scale", "k_scale", "v_scale")):
-                held = self.segment.view(record["offset"], 4).view(torch.float32).item()
+                held = self.segment.view(record["parcel"]["offset"], 4).view(torch.float32).item()
                 layer, _, name = record["name"].rpartition(".")
                 copies = [held, 1.0 if record["name"] in self.loses else held]
                 self.scales.setdefault(layer, {})[name[0]] = copies
@@ -195,7 +196,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> type[StubEngine]:
 
 
 def test_a_worker_without_our_backend_is_named(stub: type[StubEngine]) -> None:
-    stub.backends = ("ShmReceiver", "NoneType")
+    stub.backends = ("Receiver", "NoneType")
     findings = examine_engine(machine())
     assert row(findings, "worker 0 plugin").state == "ok"
     broken = row(findings, "worker 1 plugin")
@@ -214,13 +215,13 @@ def test_an_engine_that_does_not_start_is_missing_and_says_why(stub: type[StubEn
 def test_the_engine_is_started_in_an_arm_that_the_processor_has(
     stub: type[StubEngine], features: dict[str, bool], precision: Precision
 ) -> None:
-    stub.backends = ("ShmReceiver",)
+    stub.backends = ("Receiver",)
     examine_engine(machine(features))
     assert [settings.precision for settings in stub.started] == [precision]
 
 
 def test_scales_that_do_not_arrive_are_named(stub: type[StubEngine]) -> None:
-    stub.backends = ("ShmReceiver",)
+    stub.backends = ("Receiver",)
     assert row(examine_engine(machine()), "KV scales").found == "6 published, 6 proven"
     stub.loses = ("model.layers.1.self_attn.attn.k_scale",)
     found = row(examine_engine(machine()), "KV scales")
@@ -232,7 +233,7 @@ def test_scales_that_do_not_arrive_are_named(stub: type[StubEngine]) -> None:
 
 
 def test_an_engine_with_a_bf16_cache_is_asked_for_no_scales(stub: type[StubEngine]) -> None:
-    stub.backends = ("ShmReceiver",)
+    stub.backends = ("Receiver",)
     names = [finding.name for finding in examine_engine(machine(OLD_CPU))]
     assert names == ["engine", "worker 0 plugin"]
 
@@ -245,6 +246,6 @@ def test_no_engine_is_started_without_vllm(stub: type[StubEngine]) -> None:
 @pytest.mark.slow
 def test_our_backend_is_live_in_a_real_engine_and_takes_kv_scales() -> None:
     findings = examine_engine()
-    assert row(findings, "worker 0 plugin").found == "ShmReceiver"
+    assert row(findings, "worker 0 plugin").found == "Receiver"
     assert row(findings, "KV scales").found == "6 published, 6 proven"
     assert [finding for finding in findings if finding.state != "ok"] == []

@@ -15,7 +15,7 @@ import torch
 
 from fp8rl.engine_process import Lines
 from fp8rl.errors import EngineError, StaleWeightsError
-from fp8rl.quant import KVScales
+from fp8rl.quant import KVScaleError, KVScales
 from fp8rl.quant.kv_observation import KVObservation
 from fp8rl.rollout import RolloutEngine, Sampling
 from fp8rl.sync.publisher import Publisher
@@ -58,11 +58,15 @@ class Live:
     def submit(self, sampling: Sampling, seed: int = 5) -> int:
         return self.engine.submit(PROMPTS, version=self.version, sampling=sampling, seed=seed)
 
-    def break_an_update(self) -> None:
-        """An update whose manifest says nothing."""
-        self.engine.start_weight_update()
-        with pytest.raises(EngineError, match="ManifestError"):
-            self.engine.update_weights({"manifest": {}})
+    def break_an_update(self, kv_scales: Any = None) -> None:
+        """An update whose weights are applied, and whose scales are those of other weights."""
+        self.version += 1
+        other = helpers.scales(self.version + 1)
+        with pytest.raises(KVScaleError, match="measured on version"):
+            self.publisher.publish(
+                helpers.source(9), version=self.version, kv_scales=kv_scales or (lambda: other)
+            )
+        self.version -= 1
 
 
 @pytest.fixture(scope="module")
@@ -102,29 +106,57 @@ def test_an_update_under_way_holds_a_ticket_between_two_tokens(live: Live) -> No
     old = live.version
     ticket = live.submit(LONG)
     live.engine.collect(live.submit(SHORT))  # so that the long one has as many tokens at least
-    live.engine.start_weight_update()
-    with pytest.raises(StaleWeightsError, match=f"ticket {ticket} is held by an update"):
-        live.engine.collect(ticket)
-    with pytest.raises(StaleWeightsError, match="begun and was not finished"):
-        live.submit(SHORT)
-    new = live.publish(seed=1)  # the update that was begun is given up
+
+    def measure() -> KVScales:
+        with pytest.raises(StaleWeightsError, match=f"ticket {ticket} is held by an update"):
+            live.engine.collect(ticket)
+        with pytest.raises(StaleWeightsError, match="was applied and not committed"):
+            live.submit(SHORT)
+        return helpers.scales(live.version)
+
+    new = live.publish(seed=1, kv_scales=measure)
     for sample in itertools.chain(*live.engine.collect(ticket)):
         assert set(sample.versions) == {old, new}
         assert list(sample.versions) == sorted(sample.versions)
 
 
-def test_an_update_that_fails_aborts_what_was_in_flight_and_spares_what_had_ended(
+def test_the_engine_serves_on_while_the_bytes_of_an_update_come(live: Live) -> None:
+    before = live.engine.collect(live.submit(SHORT))
+    live.engine.start_weight_update()
+    assert live.engine.collect(live.submit(SHORT)) == before
+    live.publish(seed=1)  # the update that was begun is given up
+
+
+def test_an_update_that_fails_is_undone_and_what_is_in_flight_goes_on(live: Live) -> None:
+    version = live.version
+    alone = live.engine.collect(live.submit(LONG))
+    ticket = live.submit(LONG)
+    live.break_an_update()
+    answers = live.engine.collect(ticket)
+    assert answers == alone
+    assert {v for group in answers for sample in group for v in sample.versions} == {version}
+
+
+def test_an_update_that_cannot_be_undone_aborts_what_was_in_flight_and_spares_what_had_ended(
     live: Live,
 ) -> None:
-    ended = live.submit(SHORT)
-    answers = live.engine.collect(live.submit(SHORT))  # the same, and takes as long
-    aborted = live.submit(WORK)
-    live.break_an_update()
-    with pytest.raises(StaleWeightsError, match=r"in flight when an update failed.*ManifestError"):
-        live.engine.collect(aborted)
-    assert live.engine.collect(ended) == answers
-    with pytest.raises(StaleWeightsError, match="serves nothing until a good update lands"):
-        live.submit(SHORT)
+    plan = live.engine.settings.plan()
+    with Publisher(plan, live.engine, kv_layers=helpers.LAYERS, mirror=False) as forgetful:
+        keeps, live.publisher = live.publisher, forgetful
+        live.publish()  # from here on the engine keeps no mirror
+        ended = live.submit(SHORT)
+        answers = live.engine.collect(live.submit(SHORT))  # the same, and takes as long
+        aborted = live.submit(WORK)
+        live.break_an_update()
+        with pytest.raises(StaleWeightsError, match=r"in flight when an update failed"):
+            live.engine.collect(aborted)
+        assert live.engine.collect(ended) == answers
+        with pytest.raises(StaleWeightsError, match="serves nothing until a good update lands"):
+            live.submit(SHORT)
+        live.version += 1
+        live.publisher = keeps
+    with pytest.raises(EngineError, match="PublisherError"):  # another one had taken over
+        live.publish(seed=2)
     live.publish(seed=2)
     assert len(live.engine.collect(live.submit(SHORT))) == len(PROMPTS)
 
@@ -159,19 +191,19 @@ def test_scales_that_clip_do_not_spoil_what_is_measured_under_them(live: Live) -
 def test_the_engine_does_not_measure_outside_an_update_or_beside_requests(live: Live) -> None:
     with pytest.raises(EngineError, match="for an update under way"):
         live.engine.observe_kv(PROMPTS, histogram=False)
-    ticket = live.submit(WORK)
+    ticket, version = live.submit(LONG), live.version
     with pytest.raises(EngineError, match=rf"ticket\(s\) \[{ticket}\] are in flight; collect"):
         live.publish(kv_scales=lambda: live.engine.observe_kv(PROMPTS, histogram=False))
-    with pytest.raises(StaleWeightsError, match="aborted"):
-        live.engine.collect(ticket)
+    [first, *_] = live.engine.collect(ticket)  # the update was undone, the requests went on
+    assert set(first[0].versions) == {version}
     live.publish()
 
 
 def test_an_engine_does_not_sleep_over_requests_or_an_update(live: Live) -> None:
-    ticket = live.submit(WORK)
+    ticket = live.submit(LONG)
     with pytest.raises(EngineError, match=rf"ticket\(s\) \[{ticket}\] are in flight; collect"):
         live.engine.sleep()
-    live.break_an_update()
+    live.engine.collect(ticket)
     live.engine.start_weight_update()
     for change in (live.engine.sleep, live.engine.wake_up):
         with pytest.raises(EngineError, match="an update is under way"):

@@ -21,15 +21,18 @@ ROOMS = ("quant", "sync", "correction")
 # what is left out -> (file, lines, what the run says of the first scale)
 LEFT_OUT = {
     "the line that sends the scales": (
-        "sync/publisher.py",
-        ["        writer.write_scales(scales, records)\n"],
+        "sync/update_writer.py",
+        [
+            "            self._record(name, tensor, self._layout.scales, "
+            "self._append(as_bytes(tensor)))\n"
+        ],
         "version 0 lacks 6 tensors: model.layers.0.self_attn.attn.q_scale",
     ),
     "the line that sets them, and the engine's own comparison": (
-        "sync/receiver.py",
+        "sync/transaction.py",
         [
-            "        write_scales(self.model, scales)\n",
-            "        _raise_if_any(scale_differences(self.model, scales))\n",
+            "        write_scales(self._model, scales)\n",
+            "        _raise_if_any(scale_differences(self._model, scales))\n",
         ],
         "6 differ: model.layers.0.self_attn.attn.q_scale: the engine holds [1.0, 1.0], published",
     ),

@@ -148,8 +148,12 @@ def scales_that_follow(bench: Bench) -> None:
         ("a measurement that fails", fail),
         ("a measurement of other weights", lambda: helpers.scales(0)),
     ):
+        last = values(helpers.scales(bench.version, 1.0 if "other" in case else 4.0))
         refused = error_of(lambda measured=measured: bench.publish(1.0, kv_scales=measured))
-        bench.seen[case] = {"error": refused, "served": error_of(bench.generate)}
+        bench.seen[case] = {"error": refused, "published": last, **bench.state()}
+        bench.version -= 1
+        bench.seen[case]["served before"] = error_of(bench.generate)
+        bench.version += 1
         scales = bench.publish(1.0)
         bench.seen[f"healed after {case}"] = {"published": values(scales), **bench.state()}
 

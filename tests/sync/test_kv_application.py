@@ -102,17 +102,20 @@ def test_values_that_a_backend_derived_from_old_scales_are_dropped(seen: dict[st
 def test_scales_that_follow_are_measured_on_the_weights_just_applied(seen: dict[str, Any]) -> None:
     midway = seen["midway"]
     assert midway["weights"] == []  # no difference to what was sent
-    assert "begun and was not finished" in midway["served"]
+    assert "was applied and not committed" in midway["served"]
     assert midway["tokens"] == 4
     assert midway["held"] == every_copy(midway["published"])  # computing with the last ones
 
 
-def test_an_update_whose_scales_could_not_be_measured_serves_nothing(seen: dict[str, Any]) -> None:
+def test_an_update_whose_scales_could_not_be_measured_is_undone(seen: dict[str, Any]) -> None:
     failed, other = seen["a measurement that fails"], seen["a measurement of other weights"]
     assert failed["error"] == "RuntimeError: the calibration batch is empty"
     assert "KVScaleError" in other["error"] and "measured on version 0" in other["error"]
-    for found in (failed, other):
-        assert "begun and was not finished" in found["served"]
+    for found, why in ((failed, "calibration batch is empty"), (other, "measured on version 0")):
+        assert "weights of version" in found["served"] and "were asked for" in found["served"]
+        assert why in found["served"]
+        assert found["held"] == every_copy(found["published"]) and found["problems"] == []
+        assert found["served before"] is None
 
 
 def test_nothing_is_observed_outside_of_an_update(seen: dict[str, Any]) -> None:
