@@ -98,10 +98,12 @@ class BroadcastOutbox(SlotOutbox):
         answer = self._announcer.submit(send, {"stage": stage.model_dump()})
         try:
             self._group.broadcast(data, answer)
-            answer.result()
-        except BaseException:
+        except TransportError as error:
             self._group = None
-            raise
+            raise _cause(answer, self._timeout) or error from error
+        if answer.exception() is not None:
+            self._group = None
+        answer.result()
 
     def close(self) -> None:
         """Leave the group."""
@@ -178,6 +180,14 @@ class _Group:
             raise TransportError(f"a stage of {len(data)} bytes was not broadcast: {error}") from error
         if self._cuda:
             data.copy_(moved)
+
+
+def _cause(answer: Future[None], timeout: float) -> BaseException | None:
+    """What the engines answered, if they gave up; a broken broadcast is only its consequence."""
+    try:
+        return answer.exception(timeout)
+    except TimeoutError:
+        return None
 
 
 def _wait(work: Any, answer: Future[None] | None, deadline: float) -> bool:

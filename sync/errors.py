@@ -21,12 +21,19 @@ class PublisherError(ValueError):
     """The engine takes its updates from another publisher."""
 
 
+class EngineCallError(RuntimeError):
+    """A vLLM engine refused a call, or could not be reached; its answer is in the text."""
+
+
 class EnginesError(RuntimeError):
     """No engine took an update; what each of several answered."""
 
 
+NOTHING_TO_SERVE = "nothing can be served"  # in an UpdateAbandonedError: no version is held whole
+
+
 class UpdateAbandonedError(ValueError):
-    """The trainer gave an update up; the engine holds the version before it."""
+    """The trainer gave an update up; the text says what the engine holds now."""
 
 
 class UnsupportedAttentionError(ValueError):

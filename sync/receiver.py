@@ -43,6 +43,7 @@ from fp8rl.sync.engine_scales import (
     scale_differences,
 )
 from fp8rl.sync.errors import (
+    NOTHING_TO_SERVE,
     ManifestError,
     NotIntroducedError,
     PublisherError,
@@ -129,11 +130,7 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 
         Raises NotIntroducedError: no publisher has introduced itself.
         """
-        if self._inbox is None:
-            raise NotIntroducedError(
-                "no publisher is known to this engine; init_weight_transfer_engine comes first, "
-                "also after the engine was restarted"
-            )
+        self._introduced()
         self._drop("a new update began before it was finished")
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
@@ -152,7 +149,7 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         else:
             reason = update_info.abandon or "an update_weights call without content"
             self._drop(reason)
-            raise UpdateAbandonedError(f"the update was given up: {reason}")
+            raise UpdateAbandonedError(f"the update was given up: {reason}; {self._standing()}")
 
     def finish_weight_update(self) -> None:
         """Commit the version that was applied and proven.
@@ -251,8 +248,23 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._sleep_level = None
         self.weights.restore_scales()
 
+    def _introduced(self) -> Inbox:
+        """The open inbox; NotIntroducedError where there is none."""
+        if self._inbox is None:
+            raise NotIntroducedError(
+                "no publisher is known to this engine, or its transport broke; "
+                "init_weight_transfer_engine comes first, also after the engine was restarted"
+            )
+        return self._inbox
+
+    def _standing(self) -> str:
+        """Say whether the model can be served, in words that ``vllm_engines.py`` looks for."""
+        if self.weights.failure is not None:
+            return f"{NOTHING_TO_SERVE}: {self.weights.failure}"
+        return f"version {self.version} is held and proven"
+
     def _check_publisher(self, publisher: str) -> None:
-        if publisher != self._publisher:
+        if self._publisher is not None and publisher != self._publisher:
             raise PublisherError(
                 f"publisher {publisher} was replaced: this engine takes its updates from "
                 f"{self._publisher} now; one trainer publishes to an engine at a time"
@@ -263,11 +275,11 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         if stage.start == 0:
             self._staging_seconds = 0.0
         began = time.perf_counter()
-        assert self._inbox is not None  # _check_publisher
         try:
-            self._staging.receive(stage, self._inbox)
+            self._staging.receive(stage, self._introduced())
         except (ValueError, RuntimeError) as error:
             self._fail(error)
+            self.shutdown()  # the trainer may wait in a broadcast, which this ends
             raise
         self._staging_seconds += time.perf_counter() - began
 
