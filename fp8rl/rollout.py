@@ -2,8 +2,8 @@
 
 ``RolloutEngine`` starts the process and speaks to it through an ``EngineChannel``; it is the client
 through which a ``Publisher`` updates it. Generation names the weight version it wants; an engine
-that holds none as new, or cannot prove what it holds, refuses. ``submit`` and ``collect`` are the two
-halves of ``generate``: between them the engine works on, and may be updated.
+that holds none as new, or cannot prove what it holds, refuses. ``submit`` and ``collect`` are the
+two halves of ``generate``: between them the engine works on, and may be updated.
 """
 
 from __future__ import annotations

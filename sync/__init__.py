@@ -12,6 +12,7 @@ from fp8rl.sync.engines import SyncClient
 from fp8rl.sync.errors import (
     BaseMismatchError,
     CorruptTensorError,
+    EngineCallError,
     EnginesError,
     ManifestError,
     NotIntroducedError,
@@ -32,15 +33,19 @@ from fp8rl.sync.qkv_megatron import MegatronQKV
 from fp8rl.sync.qkv_source import QKVSource, QKVWatch
 from fp8rl.sync.source import IterableSource, TensorMeta, WeightSource
 from fp8rl.sync.transports import Broadcast, SharedMemory
+from fp8rl.sync.vllm_engines import HTTPEngine, InProcessEngine
 
 __all__ = [
     "BaseMismatchError",
     "Broadcast",
     "CorruptTensorError",
+    "EngineCallError",
     "EnginesError",
     "FileFollower",
     "Files",
+    "HTTPEngine",
     "HuggingFaceQKV",
+    "InProcessEngine",
     "IterableSource",
     "ManifestError",
     "MegatronQKV",

@@ -9,7 +9,7 @@ Either way every tensor that the engine takes must be named, with the right dtyp
 nothing else; the version must be newer than the one committed, and the scales measured on that very
 version. Whether a scale is there is judged by the names that were sent, never by a value: a
 measured 1.0 is a scale, an unsent one is not. An update that builds on a base needs an engine that
-holds exactly this base. Of what comes in every tensor is checked by its fingerprint, after decoding,
+holds exactly this base. Of what comes in every tensor is checked by its fingerprint, once decoded,
 and every value must be finite.
 """
 
@@ -23,8 +23,13 @@ from torch import Tensor
 
 from fp8rl.quant import EngineTensor, KVScaleError
 from fp8rl.sync.delta import apply_delta
-from fp8rl.sync.errors import BaseMismatchError, CorruptTensorError, ManifestError
-from fp8rl.sync.fingerprint import finite, fingerprint
+from fp8rl.sync.errors import (
+    SEND_FULL,
+    BaseMismatchError,
+    CorruptTensorError,
+    ManifestError,
+)
+from fp8rl.sync.fingerprint import fingerprint, finite
 from fp8rl.sync.manifest import (
     DTYPES,
     Base,
@@ -189,7 +194,7 @@ def _check_base(version: int, base: Base | None, held: Mirror | None) -> None:
         found = f"holds version {held.base.version} ({held.base.digest[:12]})"
     raise BaseMismatchError(
         f"version {version} builds on version {base.version} ({base.digest[:12]}), but the engine "
-        f"{found}; send a full update"
+        f"{found}; {SEND_FULL}"
     )
 
 

@@ -5,7 +5,7 @@
 
 The group is its own: it needs no default group and joins none, so trainer and engines keep theirs.
 A stage is announced to all engines and broadcast at the same time; an engine that refuses is heard
-at once, and the group, in which others may be waiting, is given up and met anew at the next publish.
+at once, and the group, in which others may be waiting, is given up; the next publish meets anew.
 Bytes are sent once by rank 0, whatever the number of engines. Over NCCL they pass through device
 memory, one stage at a time.
 
@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import UInt8
 from torch import Tensor
+from torch._C._distributed_c10d import Store, TCPStore
 
 from fp8rl.sync.errors import TransportError
 from fp8rl.sync.slot_outbox import SLOTS, SlotOutbox
@@ -50,7 +51,7 @@ class BroadcastOutbox(SlotOutbox):
         self._timeout = timeout_seconds
         self._slots = torch.empty((SLOTS, self.slot_bytes), dtype=torch.uint8)
         self._announcer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fp8rl-announce")
-        self._store: dist.Store | None = None
+        self._store: Store | None = None
         self._group: _Group | None = None
 
     def introductions(self) -> list[dict[str, Any]]:
@@ -58,7 +59,7 @@ class BroadcastOutbox(SlotOutbox):
         self._group = None
         with socket.create_server((self._host, 0)) as listener:
             port = listener.getsockname()[1]
-            self._store = dist.TCPStore(
+            self._store = TCPStore(
                 self._host,
                 port,
                 is_master=True,
@@ -100,7 +101,10 @@ class BroadcastOutbox(SlotOutbox):
             self._group.broadcast(data, answer)
         except TransportError as error:
             self._group = None
-            raise _cause(answer, self._timeout) or error from error
+            cause = _cause(answer, self._timeout)
+            if cause is None:
+                raise
+            raise cause from error
         if answer.exception() is not None:
             self._group = None
         answer.result()
@@ -119,7 +123,7 @@ class BroadcastInbox:
         """Join; raises TransportError where the trainer, or another worker, is not there."""
         timeout = introduction.timeout_seconds
         try:
-            store = dist.TCPStore(
+            store = TCPStore(
                 introduction.host,
                 introduction.port,
                 is_master=False,
@@ -146,7 +150,7 @@ class _Group:
     """A process group outside of the default one, whose rank 0 broadcasts."""
 
     def __init__(
-        self, backend: str, store: dist.Store, rank: int, size: int, host: str, timeout: float
+        self, backend: str, store: Store, rank: int, size: int, host: str, timeout: float
     ) -> None:
         self._cuda = backend == "nccl"
         self._timeout = timeout
@@ -157,7 +161,7 @@ class _Group:
                 nccl._timeout = limit
                 self._group: Any = dist.ProcessGroupNCCL(store, rank, size, nccl)
             else:
-                gloo = dist.ProcessGroupGloo._Options()
+                gloo: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
                 gloo._timeout = limit
                 gloo._devices = [_device(host)]
                 self._group = dist.ProcessGroupGloo(store, rank, size, gloo)
@@ -177,7 +181,9 @@ class _Group:
             if not _wait(work, answer, time.monotonic() + self._timeout):
                 return
         except (RuntimeError, ValueError) as error:
-            raise TransportError(f"a stage of {len(data)} bytes was not broadcast: {error}") from error
+            raise TransportError(
+                f"a stage of {len(data)} bytes was not broadcast: {error}"
+            ) from error
         if self._cuda:
             data.copy_(moved)
 

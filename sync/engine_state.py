@@ -280,7 +280,11 @@ def units(model):
 
 
 def load(model, model_config, tensors):
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+    from vllm.model_executor.model_loader.reload import (
+        finalize_layerwise_reload,
+        initialize_layerwise_reload,
+    )
+
     initialize_layerwise_reload(model)
     try:
         model.load_weights(iter(tensors.items()))

@@ -4,6 +4,10 @@
 After any of them the engine holds the version that it proved last, or serves nothing.
 """
 
+# What an engine says must be known by its words: vLLM's workers pass on the text of an error alone.
+SEND_FULL = "send a full update"  # in a BaseMismatchError
+NOTHING_TO_SERVE = "nothing can be served"  # in an UpdateAbandonedError: no version is held whole
+
 
 class ManifestError(ValueError):
     """A manifest is malformed, or does not fit the engine's model or its last version."""
@@ -27,9 +31,6 @@ class EngineCallError(RuntimeError):
 
 class EnginesError(RuntimeError):
     """No engine took an update; what each of several answered."""
-
-
-NOTHING_TO_SERVE = "nothing can be served"  # in an UpdateAbandonedError: no version is held whole
 
 
 class UpdateAbandonedError(ValueError):

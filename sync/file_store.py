@@ -21,7 +21,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any, BinaryIO, Final, Literal
+from typing import Any, Final, Literal
 
 import fsspec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -158,7 +158,7 @@ class FileStore:
                 self._settle(file)
             self._fs.mv(partial, self._path(name))
 
-    def _settle(self, file: BinaryIO) -> None:
+    def _settle(self, file: Any) -> None:
         """See to it that a file's bytes are on the disk before its name says so."""
         file.flush()
         if self._local:

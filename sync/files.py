@@ -28,8 +28,8 @@ from fp8rl.sync.transport import STAGE_BYTES, FilesIntroduction, Outbox, Send, S
 class Files:
     """Publishes into a store: ``Publisher(plan, files, transport=files)``.
 
-    The chain of versions that the newest one needs is kept, and the one before it; what is older is
-    removed.
+    The versions since the last full one are kept, and those since the one before it; what is older
+    is removed.
     """
 
     def __init__(self, url: str) -> None:
@@ -37,6 +37,7 @@ class Files:
         self._store = FileStore(url)
         self._outbox = FilesOutbox()
         self._manifest: Manifest | None = None
+        self._last_full: int | None = None  # that this trainer wrote
 
     def open(self, largest_payload: int, engines: int) -> Outbox:
         """The transport's side; TransportError for several engines: they follow by themselves."""
@@ -79,14 +80,10 @@ class Files:
             )
         self._store.write_version(self._manifest, self._outbox.chunks())
         if self._manifest.base is None:
-            self._remove_older_than_the_chain_before(versions)
-
-    def _remove_older_than_the_chain_before(self, versions: list[int]) -> None:
-        for index in reversed(range(len(versions))):
-            if self._store.manifest(versions[index]).base is None:
-                for version in versions[:index]:
+            for version in versions:
+                if self._last_full is not None and version < self._last_full:
                     self._store.remove(version)
-                return
+            self._last_full = self._manifest.version
 
 
 class FilesOutbox:
@@ -107,7 +104,7 @@ class FilesOutbox:
     def begin(self, nbytes: int, send: Send) -> None:
         """Begin a payload; see ``Outbox``."""
         self.abandon()
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115: closed by abandon
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115
         self._send, self._nbytes = send, nbytes
 
     def write(self, data: UInt8[Tensor, " n"]) -> None:

@@ -70,6 +70,7 @@ class Publisher:
         kv_layers: int = 0,
         fp32_as: FP32Source | None = None,
         deltas: bool = False,
+        full_every: int | None = None,
         mirror: bool = True,
     ) -> None:
         """Open the transport and introduce this publisher to the engines.
@@ -83,12 +84,17 @@ class Publisher:
             fp32_as: what fp32 weights of the source stand for, as in `quantize_blockwise`; they
                 are refused without it.
             deltas: keep the bytes published last, in host memory, and send what differs.
+            full_every: with deltas, send every n-th version whole all the same, for engines that
+                join later by files.
             mirror: have every engine worker keep them too, which deltas need, and an engine that
                 should go back to its last version when an update fails.
         """
         if deltas and not mirror:
             raise BaseMismatchError("deltas=True needs mirror=True: what would they be applied to?")
+        if full_every is not None and full_every < 1:
+            raise BaseMismatchError(f"full_every is {full_every}; every how many versions, from 1?")
         self._plan, self._fp32_as, self._mirror = plan, fp32_as, mirror
+        self._full_every, self._since_full = full_every, 0
         self._layout = Layout(plan, kv_layers)
         self._parameters = sum(math.prod(entry.shape) for entry in plan.entries)
         self._engines: Engines | None = None
@@ -167,6 +173,8 @@ class Publisher:
         check_scales(kv_scales, version, self._layout)
         engines.introduce(self._outbox, mirror=self._mirror)
         base = self._ledger_base if self._ledger_base == engines.common_base() else None
+        if self._full_every is not None and self._since_full >= self._full_every:
+            base = None
         self._ledger_base = None  # until the ledger holds this version, whole
         update = Update(self._layout, self._ledger, engines, self._outbox, version, base)
         began = time.perf_counter()
@@ -179,6 +187,7 @@ class Publisher:
             update.abandon(f"{type(error).__name__}: {error}")
             raise
         self._ledger_base = committed if self._ledger is not None else None
+        self._since_full = 1 if update.base is None else self._since_full + 1
         return SyncReport(
             version=version,
             kind="full" if update.base is None else "delta",

@@ -224,9 +224,7 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         version = self.weights.applied_version
         if version is None or not bool(observation.saturation().any()):
             return False
-        fitting = KVScales.from_amax(
-            observation.amax(), version=version, tokens=observation.tokens
-        )
+        fitting = KVScales.from_amax(observation.amax(), version=version, tokens=observation.tokens)
         self.weights.hold_scales(fitting.tensors())
         return True
 
@@ -238,7 +236,9 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._drop("the engine went to sleep")
         self._sleep_level = level
         if level == 2:
-            self.weights.discard("the engine slept at level 2, which discarded its weights; publish")
+            self.weights.discard(
+                "the engine slept at level 2, which discarded its weights; publish"
+            )
 
     def woke(self) -> None:
         """Say that the engine is awake: write the committed KV scales again and prove them.

@@ -1,6 +1,6 @@
 """How the bytes of an update travel: one interface, one file a transport.
 
-The trainer's side has an ``Outbox``, each engine worker an ``Inbox``. What is sent is a payload: one
+The trainer's side has an ``Outbox``, each engine worker an ``Inbox``. What is sent is a payload: a
 run of bytes, written in order and cut into stages of bounded size. A stage is announced through the
 engine's control plane (vLLM's ``update_weights``), so the two sides need no other protocol:
 
@@ -20,7 +20,15 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 from jaxtyping import UInt8
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+)
 from pydantic import ValidationError as PydanticError
 from torch import Tensor
 
@@ -107,7 +115,7 @@ class ShmIntroduction(BaseModel):
 class BroadcastIntroduction(BaseModel):
     """A process group of the trainer's sender (rank 0) and all workers of all engines.
 
-    host, port: where the ranks meet. first_rank: of this engine's workers. world_size: ranks in all.
+    host, port: where they meet. first_rank: of this engine's workers. world_size: ranks in all.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

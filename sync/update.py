@@ -18,15 +18,15 @@ from torch import Tensor
 
 from fp8rl.quant import KVScaleError, KVScales, QuantizedTensor
 from fp8rl.sync.engines import Engines
-from fp8rl.sync.errors import SourceError
+from fp8rl.sync.errors import SEND_FULL, SourceError
 from fp8rl.sync.ledger import Ledger
 from fp8rl.sync.manifest import Base, KVProvenance, Manifest, state_digest
 from fp8rl.sync.transport import Outbox
 from fp8rl.sync.update_writer import Layout, UpdateWriter, refuse_missing
 
 KVMeasure = Callable[[], KVScales]
+Provenance = KVProvenance | Literal["follow"] | None
 Stream = Iterable[tuple[str, QuantizedTensor | Tensor]]
-_WANTS_WHOLE = "BaseMismatchError"  # the name travels in the text, whatever carries it
 
 
 class Update:
@@ -78,11 +78,11 @@ class Update:
     def apply(self, kv_scales: KVScales | KVMeasure | None) -> KVScales | None:
         """Have the engines apply and prove it; returns the KV scales that went with it."""
         measured = kv_scales if isinstance(kv_scales, KVScales) else None
-        provenance = "follow" if callable(kv_scales) else _provenance(measured)
+        provenance: Provenance = "follow" if callable(kv_scales) else _provenance(measured)
         try:
             self._send_manifest(provenance)
         except (ValueError, RuntimeError) as error:
-            if self.base is None or _WANTS_WHOLE not in f"{type(error).__name__}: {error}":
+            if self.base is None or SEND_FULL not in str(error):
                 raise
             self._send_whole(measured)
             self._send_manifest(provenance)
@@ -149,7 +149,7 @@ class Update:
 
     def _send_manifest(
         self,
-        kv_scales: KVProvenance | Literal["follow"] | None,
+        kv_scales: Provenance,
         writer: UpdateWriter | None = None,
     ) -> None:
         """Have the engines apply and prove what ``writer`` wrote, or else the weights."""

@@ -10,7 +10,6 @@ new bytes afterwards. KV scales come after the weights, always whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping
-
 from typing import Literal
 
 import torch

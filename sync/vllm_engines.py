@@ -1,4 +1,4 @@
-"""Engines that users start themselves, as clients of a publisher: vLLM's HTTP server and its ``LLM``.
+"""Engines that users start themselves, as clients of a publisher: vLLM's server and its ``LLM``.
 
 Both add to vLLM's four calls what makes an update safe to serve:
 
@@ -6,12 +6,14 @@ Both add to vLLM's four calls what makes an update safe to serve:
     at the end          drop the KV cache, also that of requests in flight; commit; label; resume
     after a failure     resume if the engine has proven the version before it, else stay paused
 
-What the engine holds is asked of it: an update that is begun and given up at once is answered with
-what can be served (``UpdateAbandonedError``). A server that was just started holds random weights,
-so it is paused until the first version lands. Start vLLM with ``weight_transfer_config={"backend":
-"fp8rl"}`` and ``load_format="dummy"``; the server also with ``VLLM_SERVER_DEV_MODE=1``, which opens
-its update routes to everybody who reaches its port: vLLM asks for the token on ``/v1`` alone. Let
-it listen on loopback, or behind something that asks.
+After a failure the engine is asked what it holds: an update that is begun and given up at once is
+answered with what can be served (``UpdateAbandonedError``). One that was just started holds random
+weights, so it is paused until the first version lands.
+
+Start vLLM with ``weight_transfer_config={"backend": "fp8rl"}`` and ``load_format="dummy"``; the
+server also with ``VLLM_SERVER_DEV_MODE=1``, which opens its update routes to everybody who reaches
+its port: vLLM asks for the token on ``/v1`` alone. Let it listen on loopback, or behind something
+that asks.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 TIMEOUT_SECONDS = 600.0
+UNLABELLED = "default"  # vLLM's weight version before the first update
 
 
 class _PausedEngine:
@@ -40,7 +43,9 @@ class _PausedEngine:
         """Introduce a publisher; until the engine has proven a version it is paused."""
         self._publisher = str(init_info["publisher"])
         self._call("init_weight_transfer_engine", {"init_info": init_info})
-        self._settle()
+        if self.weight_version() == UNLABELLED and not self._paused:
+            self._pause()
+            self._paused = True
 
     def start_weight_update(self) -> None:
         """Begin an update; what is held is served on."""
@@ -67,6 +72,10 @@ class _PausedEngine:
             raise
         self._resume()
         self._paused = False
+
+    def weight_version(self) -> str:
+        """The version that the engine says it serves."""
+        return UNLABELLED
 
     def _settle(self) -> None:
         """Resume where a version is proven to be held; pause where none is."""
@@ -113,7 +122,12 @@ class HTTPEngine(_PausedEngine):
         """``url``: http://host:port. ``token``: that of ``--api-key``."""
         super().__init__()
         headers = {"Authorization": f"Bearer {token}"} if token is not None else {}
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout_seconds)
+        self._http = httpx.Client(
+            base_url=url,
+            headers=headers,
+            timeout=timeout_seconds,
+            limits=httpx.Limits(max_keepalive_connections=0),  # an error ends vLLM's connection
+        )
 
     def __enter__(self) -> HTTPEngine:
         """Return self."""
@@ -148,7 +162,7 @@ class HTTPEngine(_PausedEngine):
             raise EngineCallError(f"{self._http.base_url}: its prefix cache could not be reset")
 
     def _request(self, verb: str, path: str, **content: Any) -> dict[str, Any]:
-        where = f"{self._http.base_url}{path}"
+        where = f"{self._http.base_url.join(path)}"
         try:
             response = self._http.request(verb, f"/{path}", **content)
         except httpx.HTTPError as error:
@@ -182,6 +196,10 @@ class InProcessEngine(_PausedEngine):
                 getattr(self._llm, method)()
         except (ValueError, RuntimeError) as error:
             raise EngineCallError(f"{type(error).__name__}: {error}") from error
+
+    def weight_version(self) -> str:
+        """The version that the engine says it serves."""
+        return str(self._llm.get_weight_version())
 
     def _pause(self) -> None:
         self.failure = "an update is under way, or failed and could not be undone; publish"
