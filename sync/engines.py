@@ -113,6 +113,7 @@ class Engines:
 
     def close(self) -> None:
         """Stop the threads; the engines live on."""
+        self.rejoin()  # an error's traceback would keep the ring
         self._pool.shutdown(wait=False)
 
     def _start(self, engine: _Engine) -> None:

@@ -18,7 +18,7 @@ from fp8rl.sync.manifest import Base, Manifest, state_digest
 
 @dataclass(frozen=True)
 class Mirror:
-    """One proven version: its weights' fingerprints, the weights if they are kept, its KV scales."""
+    """One proven version: its weights' fingerprints, its weights if kept, its KV scales."""
 
     base: Base
     digests: Mapping[str, str]

@@ -25,12 +25,12 @@ class Segment:
     def __init__(self, file_descriptor: int, nbytes: int, path: str, *, writable: bool) -> None:
         access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
         self._file_descriptor = file_descriptor
-        self._map = mmap.mmap(file_descriptor, nbytes, access=access)
+        mapped = mmap.mmap(file_descriptor, nbytes, access=access)
         self.nbytes = nbytes
         self.path = path
         with warnings.catch_warnings():  # torch warns that a read-only buffer must not be written
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+            self.bytes = torch.frombuffer(mapped, dtype=torch.uint8)
 
     @classmethod
     def create(cls, nbytes: int) -> Segment:
@@ -81,7 +81,7 @@ class Segment:
         return self.bytes[offset : offset + nbytes]
 
     def close(self) -> None:
-        """Give the memory back; views of it must not be used afterwards."""
+        """Give the memory back, once the last view of it is gone."""
         if self._file_descriptor >= 0:
             os.close(self._file_descriptor)
             self._file_descriptor = -1
