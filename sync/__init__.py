@@ -10,6 +10,7 @@ The trainer's side (this file's names) needs torch alone; the engine's side (``r
 
 from fp8rl.sync.errors import (
     CorruptTensorError,
+    DeltaError,
     ManifestError,
     ReadBackError,
     SegmentError,
@@ -17,6 +18,7 @@ from fp8rl.sync.errors import (
     UnsupportedAttentionError,
 )
 from fp8rl.sync.megatron import MegatronSource
+from fp8rl.sync.megatron_load import load_hf_checkpoint
 from fp8rl.sync.publisher import Publisher, SyncClient, SyncReport
 from fp8rl.sync.qkv_hugging_face import HuggingFaceQKV
 from fp8rl.sync.qkv_megatron import MegatronQKV
@@ -25,6 +27,7 @@ from fp8rl.sync.source import IterableSource, TensorMeta, WeightSource
 
 __all__ = [
     "CorruptTensorError",
+    "DeltaError",
     "HuggingFaceQKV",
     "IterableSource",
     "ManifestError",
@@ -41,4 +44,5 @@ __all__ = [
     "TensorMeta",
     "UnsupportedAttentionError",
     "WeightSource",
+    "load_hf_checkpoint",
 ]

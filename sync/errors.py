@@ -13,6 +13,10 @@ class UnsupportedAttentionError(ValueError):
     """The engine's attention cannot be given KV scales for certain, as it was started."""
 
 
+class DeltaError(ValueError):
+    """A delta is malformed, or was made for a tensor of another size."""
+
+
 class SourceError(ValueError):
     """A weight source does not yield what the plan or its own metadata announced."""
 
