@@ -183,7 +183,7 @@ def learn(
             policy.append(found.metrics)
             return found.loss
 
-        taken.append(run.trainer.update(batch, loss_fn))
+        taken.append(run.trainer.update(batch, loss_fn, config.trainer.learning_rate))
     means = {key: sum(each[key] for each in taken) / len(taken) for key in ("loss", "grad_norm")}
     return means | _policy_metrics(policy, config.trainer.minibatches)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fp8rl.config import ModelConfig, RunConfig
 from fp8rl.errors import TrainerError
-from fp8rl.sync.megatron import global_parameters
+from fp8rl.sync.megatron_layout import global_parameters
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel

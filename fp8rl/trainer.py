@@ -29,7 +29,7 @@ from fp8rl.config import RunConfig
 from fp8rl.errors import TrainerError
 from fp8rl.master_adamw import MasterAdamW
 from fp8rl.megatron_cpu import cpu_stands_in
-from fp8rl.megatron_model import build_model
+from fp8rl.megatron_model import build_model, hf_config
 from fp8rl.micro_batch import MicroBatch, cut
 from fp8rl.quant import (
     AttentionShape,
@@ -40,7 +40,8 @@ from fp8rl.quant import (
     ScaleFormat,
     fake_quantize,
 )
-from fp8rl.sync.megatron import MegatronSource, global_parameters
+from fp8rl.sync.megatron import MegatronSource
+from fp8rl.sync.megatron_layout import global_parameters
 from fp8rl.sync.qkv_megatron import MegatronQKV
 
 LossFn = Callable[[Tensor, slice], Tensor]
@@ -86,7 +87,8 @@ class MegatronTrainer:
                 grad_clip=config.trainer.grad_clip,
                 group=parallel_state.get_model_parallel_group(),
             )
-        self._source = MegatronSource(self._model)
+        described = hf_config(config.model, vocab_size, max_positions=1)  # which shape no tensor
+        self._source = MegatronSource(self._model, described)
         self._qkv = MegatronQKV(self._model)
         self._fake_quant: FakeQuantization | None = None
         if config.trainer.precision == "fp8-aligned":

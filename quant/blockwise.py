@@ -28,7 +28,7 @@ tensor that share a block (sharded.py), MXFP8 (mxfp8.py).
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from fp8rl.quant.chunked import chunked_cast
@@ -40,6 +40,7 @@ from fp8rl.quant.errors import (
     QuantFormatError,
 )
 from fp8rl.quant.scales import ScaleFormat
+from fp8rl.quant.sticky import check_previous
 from fp8rl.quant.tensor import FP8_DTYPE, QuantizedTensor, check_format, scale_shape
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -55,6 +56,7 @@ def quantize_blockwise(
     name: str = "weight",
     fp32_as: FP32Source | None = None,
     out: QuantizedTensor | None = None,
+    previous_scale_inv: Float32[Tensor, "*blocks"] | None = None,
 ) -> QuantizedTensor:
     """Quantize a weight [N, K] or stacked experts [E, N, K] to E4M3 with a scale for each block.
 
@@ -64,12 +66,16 @@ def quantize_blockwise(
         differ. "master": these values are quantized (as Transformer Engine casts its FP8 primary
         weights). "export": they are rounded to bf16 first, as a BF16 checkpoint would hold them.
     out: where to write, contiguous; returned. After an error it holds nothing of use.
+    previous_scale_inv: the scales this weight had last time, from which its scales go on (sticky.py
+        has the rule); `out.scale_inv` may be they. None: scales of this weight's values alone.
 
     Raises NonFiniteWeightError on NaN or Inf; QuantFormatError on another dtype, rank or format, an
-    fp32 weight without `fp32_as`, and an `out` that does not fit.
+    fp32 weight without `fp32_as`, and an `out` or previous scales that do not fit.
     """
     values = weight_values(weight, fp32_as, name)
-    return _quantize(values, block_size, scale_format, name, NonFiniteWeightError, out)
+    return _quantize(
+        values, block_size, scale_format, name, NonFiniteWeightError, out, previous_scale_inv
+    )
 
 
 def quantize_activations(
@@ -147,6 +153,7 @@ def _quantize(
     name: str,
     error: type[NonFiniteError],
     out: QuantizedTensor | None,
+    previous: Tensor | None = None,
 ) -> QuantizedTensor:
     check_format(block_size, scale_format)
     if x.dtype not in _DTYPES:
@@ -158,24 +165,27 @@ def _quantize(
         )
     else:
         _check_out(x, block_size, scale_format, name, out)
+    if previous is not None:
+        check_previous(previous, tuple(out.scale_inv.shape), x.device, scale_format, name)
+        out.scale_inv.copy_(previous)
     if x.numel() == 0:
         return out
-    _cast(x, out)
+    _cast(x, out, sticky=previous is not None)
     if not bool(torch.isfinite(out.scale_inv).all()):
         raise _non_finite(x, name, error)
     return out
 
 
-def _cast(x: Tensor, out: QuantizedTensor) -> None:
-    """Quantize `x` into `out` by the fastest path there is."""
+def _cast(x: Tensor, out: QuantizedTensor, sticky: bool) -> None:
+    """Quantize `x` into `out` by the fastest path there is; sticky: `out` has previous scales."""
     if x.is_cuda:
         from fp8rl.quant.triton_kernel import runs_on, triton_cast
 
         if runs_on(x.device):
-            return triton_cast(x, out)
-    elif compiled_cast(x, out):
+            return triton_cast(x, out, sticky)
+    elif compiled_cast(x, out, sticky):
         return None
-    return chunked_cast(x, out)
+    return chunked_cast(x, out, sticky)
 
 
 def _check_out(

@@ -21,8 +21,11 @@ _CHUNK = 2**20  # elements; their fp32 products are 4 MiB
 _BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 
-def chunked_cast(x: Float[Tensor, "*lead n k"], out: QuantizedTensor) -> None:
-    """Quantize `x` (bf16, fp16 or fp32, not empty) into `out`, in `out`'s format."""
+def chunked_cast(x: Float[Tensor, "*lead n k"], out: QuantizedTensor, sticky: bool = False) -> None:
+    """Quantize `x` (bf16, fp16 or fp32, not empty) into `out`, in `out`'s format.
+
+    sticky: `out` holds the previous scales, from which sticky scales go on.
+    """
     n, k = x.shape[-2:]
     block_size = out.block_size
     rows = max(_CHUNK // k // block_size[0], 1) * block_size[0]
@@ -37,7 +40,8 @@ def chunked_cast(x: Float[Tensor, "*lead n k"], out: QuantizedTensor) -> None:
         for chunk, codes, scales in zip(
             matrix.split(rows), data.split(rows), scale_inv.split(scale_rows), strict=True
         ):
-            scale, inverse = scales_of(_amax(chunk, block_size), out.scale_format)
+            previous = scales if sticky else None
+            scale, inverse = scales_of(_amax(chunk, block_size), out.scale_format, previous)
             codes.copy_(cast_with_scale(chunk, scale, block_size))
             scales.copy_(inverse)
 

@@ -41,8 +41,13 @@ class _NotCompiledError(RuntimeError):
     """torch.compile was switched off from outside and ran the plain function."""
 
 
-def compiled_cast(x: Float[Tensor, "*lead n k"], out: QuantizedTensor) -> bool:
+def compiled_cast(
+    x: Float[Tensor, "*lead n k"], out: QuantizedTensor, sticky: bool = False
+) -> bool:
     """Quantize `x` into `out`, in `out`'s format, or return False: it is not for this path.
+
+    sticky: `out` holds the previous scales, from which sticky scales go on; where this fails
+    halfway, some are those of `x`, from which chunked.py gets the same result.
 
     The first call for a dtype and block size compiles. Without a compiler it warns, once.
     """
@@ -60,14 +65,14 @@ def compiled_cast(x: Float[Tensor, "*lead n k"], out: QuantizedTensor) -> bool:
             _works[kind] = _equals_the_reference(*kind)
         if _works[kind]:
             try:
-                _cast(x, out)
+                _cast(x, out, sticky)
             except _compiler_errors() as error:  # of a graph for another state of torch
                 _works[kind] = _warn(_reason(error))
         return _works[kind]
 
 
 @torch.no_grad()
-def _cast(x: Tensor, out: QuantizedTensor) -> None:
+def _cast(x: Tensor, out: QuantizedTensor, sticky: bool = False) -> None:
     """Quantize each matrix, or all of them as one where no block spans two."""
     n, k = x.shape[-2:]
     if n % out.block_size[0] == 0 and x.is_contiguous():
@@ -77,22 +82,25 @@ def _cast(x: Tensor, out: QuantizedTensor) -> None:
         for part, codes, inverse in zip(
             x.reshape(-1, n, k), out.data.view(-1, n, k), scale_inv, strict=True
         ):
-            _cast_matrix(part.contiguous(), codes, inverse, out)
+            _cast_matrix(part.contiguous(), codes, inverse, out, sticky)
 
 
-def _cast_matrix(matrix: Tensor, codes: Tensor, scale_inv: Tensor, out: QuantizedTensor) -> None:
+def _cast_matrix(
+    matrix: Tensor, codes: Tensor, scale_inv: Tensor, out: QuantizedTensor, sticky: bool
+) -> None:
     """Quantize the whole rows of blocks of [N, K] by the two graphs, and the rest by chunks."""
     rows = matrix.shape[0] // out.block_size[0]
     bottom = rows * out.block_size[0]
     blocks = _as_blocks(matrix[:bottom], out.block_size)
     amax = _compiled(_block_amax, matrix.dtype, out.block_size)(blocks)
-    scale, scale_inv[:rows] = scales_of(amax, out.scale_format)
+    previous = scale_inv[:rows] if sticky else None
+    scale, scale_inv[:rows] = scales_of(amax, out.scale_format, previous)
     torch._dynamo.mark_dynamic(scale, (0, 1))
     target = _as_blocks(codes[:bottom], out.block_size)
     _compiled(_scaled_cast, matrix.dtype, out.block_size)(blocks, scale, target)
     if bottom < matrix.shape[0]:
         rest = QuantizedTensor(codes[bottom:], scale_inv[rows:], out.block_size, out.scale_format)
-        chunked_cast(matrix[bottom:], rest)
+        chunked_cast(matrix[bottom:], rest, sticky)
 
 
 def _block_amax(blocks: Tensor) -> Tensor:

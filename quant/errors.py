@@ -14,13 +14,14 @@ class NonFiniteError(ValueError):
     """A tensor to be quantized holds NaN or Inf.
 
     Attributes: `name` of the tensor, `count` of non-finite elements, `first_index` of the first one
-    in row-major order.
+    in row-major order, which was `found`.
     """
 
     def __init__(self, name: str, count: int, first_index: tuple[int, ...], found: float) -> None:
         self.name = name
         self.count = count
         self.first_index = first_index
+        self.found = found
         super().__init__(
             f"{name}: {count} non-finite element(s), the first at index {list(first_index)} "
             f"({found}); FP8 E4M3 needs finite input, so nothing was quantized. "

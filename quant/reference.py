@@ -1,7 +1,7 @@
 """The blockwise cast that defines every case: plain torch, one step a line, no speed.
 
     amax      = max |x| of each block                  block_amax
-    scale     = scales_of(amax)                        scales.py
+    scale     = scales_of(amax)                        scales.py; sticky.py where it is asked for
     data      = E4M3(clamp(x * scale, -448, 448))      cast_with_scale; nearest, ties to even
 
 The products are taken in fp32, whatever the input is. Ragged edges behave as if the tensor were
@@ -52,8 +52,14 @@ def cast_with_scale(
 
 
 def reference_cast(
-    x: Float[Tensor, "*lead n k"], block_size: tuple[int, int], scale_format: ScaleFormat
+    x: Float[Tensor, "*lead n k"],
+    block_size: tuple[int, int],
+    scale_format: ScaleFormat,
+    previous: Float32[Tensor, "*lead nb kb"] | None = None,
 ) -> tuple[Shaped[Tensor, "*lead n k"], Float32[Tensor, "*lead nb kb"]]:
-    """Return `(data, scale_inv)` of a tensor that is not empty: E4M3 and fp32."""
-    scale, scale_inv = scales_of(block_amax(x, block_size), scale_format)
+    """Return `(data, scale_inv)` of a tensor that is not empty: E4M3 and fp32.
+
+    previous: the `scale_inv` that sticky scales go on from.
+    """
+    scale, scale_inv = scales_of(block_amax(x, block_size), scale_format, previous)
     return cast_with_scale(x, scale, block_size), scale_inv

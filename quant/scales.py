@@ -26,6 +26,8 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
+from fp8rl.quant.sticky import sticky_scale_inv
+
 ScaleFormat = Literal["pow2", "fp32"]
 
 E4M3_MAX: Final = 448.0
@@ -52,12 +54,19 @@ def pow2_scale_inv(amax: Float32[Tensor, "*blocks"]) -> Float32[Tensor, "*blocks
 
 
 def scales_of(
-    amax: Float32[Tensor, "*blocks"], scale_format: ScaleFormat
+    amax: Float32[Tensor, "*blocks"],
+    scale_format: ScaleFormat,
+    previous: Float32[Tensor, "*blocks"] | None = None,
 ) -> tuple[Float32[Tensor, "*blocks"], Float32[Tensor, "*blocks"]]:
-    """Return `(scale, scale_inv)`, what to multiply by when quantizing and when dequantizing."""
+    """Return `(scale, scale_inv)`, what to multiply by when quantizing and when dequantizing.
+
+    previous: the `scale_inv` that sticky scales (sticky.py) go on from; with `pow2` alone.
+    """
     one = torch.ones((), dtype=torch.float32, device=amax.device)
     if scale_format == "pow2":
         scale_inv = pow2_scale_inv(amax)
+        if previous is not None:
+            scale_inv = sticky_scale_inv(amax, scale_inv, previous)
         return torch.div(one, scale_inv), scale_inv
     # A tensor on the left: torch makes `448.0 / amax` a reciprocal and a product, rounded twice.
     scale = torch.div(one * E4M3_MAX, amax).clamp(max=2.0**-_MIN_EXPONENT)

@@ -73,7 +73,7 @@ class Peers:
         text = "\n".join(lines) if failure is None else f"{_CANNOT}{failure}"
         digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
         top, bottom, any_trouble = self.largest(torch.tensor([digest, -digest, trouble])).tolist()
-        texts = [text] * self.ranks if top == -bottom else self._gather_text(text)
+        texts = [text] * self.ranks if top == -bottom else self.gather_text(text)
         if failure is not None:
             raise failure
         for rank, other in enumerate(texts):
@@ -83,7 +83,8 @@ class Peers:
             raise ShardError(_difference(texts))
         return bool(any_trouble)
 
-    def _gather_text(self, text: str) -> list[str]:
+    def gather_text(self, text: str) -> list[str]:
+        """Return the `text` of every rank."""
         encoded = text.encode()
         lengths = [int(n) for n in self.gather(torch.tensor([len(encoded)]))]
         padded = torch.zeros(max(lengths), dtype=torch.uint8)

@@ -95,7 +95,7 @@ class ShardLayout:
                     f"part {rank}: offset {box.offset} and shape {box.shape} do not lie in a "
                     f"weight of {self.shape}"
                 )
-        _check_tiling(self.shape, self.boxes)
+        check_tiling(self.shape, self.boxes)
 
     @classmethod
     def split(cls, shape: tuple[int, ...], dim: int, sizes: Sequence[int]) -> "ShardLayout":
@@ -182,7 +182,7 @@ def shared_blocks(
     return int(shared.sum()), cells.to(device), slots.to(device)
 
 
-def _check_tiling(shape: tuple[int, ...], boxes: Sequence[Box]) -> None:
+def check_tiling(shape: tuple[int, ...], boxes: Sequence[Box]) -> None:
     """Raise ShardError unless every element lies in one box: counted on the grid of all cuts."""
     filled = [box for box in boxes if not box.empty]
     cuts = [

@@ -6,7 +6,9 @@ A block that lies in one part is quantized there, by `quantize_blockwise`. A blo
 through needs the largest magnitude of all its pieces: the ranks exchange those of the shared blocks
 alone, 4 bytes each, in one MAX all-reduce for all the weights of a call, and each casts its pieces
 with the common scale. Magnitudes travel as the bits of their fp32, whose order as integers is the
-same, on Gloo and NCCL alike. No weight leaves its rank.
+same, on Gloo and NCCL alike. No weight leaves its rank. With sticky scales the previous scales of
+the shared blocks travel too, 4 bytes more each: where ranks have different ones, whatever the
+reason, all go on from the largest.
 
 Who speaks: all ranks of the group call with the same weights in the same order. There are two
 collectives, or one where no block of any weight is shared. The first finds out whether the ranks
@@ -31,6 +33,7 @@ from fp8rl.quant.reference import block_amax, cast_with_scale
 from fp8rl.quant.scales import ScaleFormat, scales_of
 from fp8rl.quant.shard_agreement import Peers
 from fp8rl.quant.shard_layout import Box, Piece, ShardLayout, shared_blocks
+from fp8rl.quant.sticky import check_previous
 from fp8rl.quant.tensor import FP8_DTYPE, QuantizedTensor, check_format
 
 _NOWHERE = 2**62  # an index after all others
@@ -38,11 +41,21 @@ _NOWHERE = 2**62  # an index after all others
 
 @dataclass(frozen=True, eq=False)
 class WeightShard:
-    """This rank's part of a weight: bf16, fp16 or fp32, with the shape of its box in `layout`."""
+    """This rank's part of a weight: bf16, fp16 or fp32, with the shape of its box in `layout`.
+
+    previous_scale_inv: that of the `QuantizedShard` of last time, for sticky scales (sticky.py).
+    """
 
     name: str
     local: Float[Tensor, "*experts n k"]
     layout: ShardLayout
+    previous_scale_inv: Float32[Tensor, "*experts nb kb"] | None = None
+
+    @property
+    def text(self) -> str:
+        """What all ranks must have in common, in words."""
+        sticky = "" if self.previous_scale_inv is None else "with previous scales "
+        return f"{self.name}: {self.local.dtype} {sticky}{self.layout.text}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +117,7 @@ def quantize_shards(
     except (QuantFormatError, ShardError) as error:
         failure = error
     lines = [f"block_size={block_size}, scale_format={scale_format}, fp32_as={fp32_as}"]
-    lines += [f"{s.name}: {s.local.dtype} {s.layout.text}" for s in shards]
+    lines += [shard.text for shard in shards]
     if peers.agree(lines, failure, any(not cast.finite for cast in casts)):
         raise _non_finite(casts, peers)
     if any(cast.shared for cast in casts):
@@ -142,6 +155,10 @@ class _Cast:
         grid = self.box.blocks(block_size).shape
         self.amax = torch.zeros(grid, dtype=torch.float32, device=device)  # of shared blocks alone
         self.scale_inv = torch.empty_like(self.amax)
+        self.sticky = shard.previous_scale_inv is not None
+        if shard.previous_scale_inv is not None:
+            check_previous(shard.previous_scale_inv, grid, device, scale_format, shard.name)
+            self.scale_inv.copy_(shard.previous_scale_inv)
         self.pieces = layout.pieces(peers.rank, block_size)
         self.shared, self.cells, self.slots = shared_blocks(layout, block_size, peers.rank, device)
         self.finite = all([self._begin(piece) for piece in self.pieces])
@@ -164,6 +181,7 @@ class _Cast:
                 name=self.shard.name,
                 fp32_as="master",  # `values` are already what is to be quantized
                 out=out,
+                previous_scale_inv=self.scale_inv[piece.blocks] if self.sticky else None,
             )
         except NonFiniteWeightError:
             return False
@@ -181,7 +199,8 @@ class _Cast:
 
     def finish(self) -> "QuantizedShard":
         """Cast the pieces of shared blocks by the amax that all ranks found."""
-        scale, scale_inv = scales_of(self.amax, self.scale_format)
+        previous = self.scale_inv if self.sticky else None
+        scale, scale_inv = scales_of(self.amax, self.scale_format, previous)
         for piece in self.pieces:
             if piece.shared:
                 self.scale_inv[piece.blocks] = scale_inv[piece.blocks]
@@ -200,14 +219,16 @@ class _Cast:
 
 
 def _share(casts: Sequence[_Cast], peers: Peers) -> None:
-    """Make the amax of every shared block that of all its pieces, on all ranks."""
-    counts = [cast.shared for cast in casts]
+    """Make the amax of every shared block, and its previous scale, the largest of all ranks."""
+    grids = [(cast, cast.amax) for cast in casts]
+    grids += [(cast, cast.scale_inv) for cast in casts if cast.sticky]
+    counts = [cast.shared for cast, _ in grids]
     bits = torch.zeros(sum(counts), dtype=torch.int32, device=casts[0].values.device)
-    for cast, here in zip(casts, torch.split(bits, counts), strict=True):
-        here[cast.slots] = cast.amax.view(torch.int32).flatten()[cast.cells]
+    for (cast, grid), here in zip(grids, torch.split(bits, counts), strict=True):
+        here[cast.slots] = grid.view(torch.int32).flatten()[cast.cells]
     bits = peers.largest(bits)
-    for cast, here in zip(casts, torch.split(bits, counts), strict=True):
-        cast.amax.view(torch.int32).flatten()[cast.cells] = here[cast.slots]
+    for (cast, grid), here in zip(grids, torch.split(bits, counts), strict=True):
+        grid.view(torch.int32).flatten()[cast.cells] = here[cast.slots]
 
 
 def _non_finite(casts: Sequence[_Cast], peers: Peers) -> NonFiniteWeightError:

@@ -49,14 +49,17 @@ def runs_on(device: torch.device) -> bool:
     return False
 
 
-def triton_cast(x: Float[Tensor, "*lead n k"], out: QuantizedTensor) -> None:
-    """Quantize `x` (bf16, fp16 or fp32, not empty) into `out`, in `out`'s format."""
+def triton_cast(x: Float[Tensor, "*lead n k"], out: QuantizedTensor, sticky: bool = False) -> None:
+    """Quantize `x` (bf16, fp16 or fp32, not empty) into `out`, in `out`'s format.
+
+    sticky: `out` holds the previous scales, from which sticky scales go on.
+    """
     n, k = x.shape[-2:]
     bn, scales = out.block_size[0], out.scale_inv
     x = x.reshape(-1, n, k)
     if x.stride(-1) != 1:
         x = x.contiguous()
-    tile = constants_of(out.block_size, out.scale_format)
+    tile = constants_of(out.block_size, out.scale_format, sticky)
     rows_here = tile["TILE_ROWS"] if bn == 1 else bn
     grid = (scales.shape[-1], triton.cdiv(n, rows_here), x.shape[0])
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
@@ -74,7 +77,9 @@ def triton_cast(x: Float[Tensor, "*lead n k"], out: QuantizedTensor) -> None:
         )
 
 
-def constants_of(block_size: tuple[int, int], scale_format: ScaleFormat) -> dict[str, int]:
+def constants_of(
+    block_size: tuple[int, int], scale_format: ScaleFormat, sticky: bool = False
+) -> dict[str, int]:
     """Return what `quantize_kernel` is compiled for, by parameter."""
     bn, bk = block_size
     return {
@@ -83,6 +88,7 @@ def constants_of(block_size: tuple[int, int], scale_format: ScaleFormat) -> dict
         "TILE_ROWS": _TILE_ROWS if bn == 1 else triton.next_power_of_2(bn),
         "TILE_COLUMNS": triton.next_power_of_2(bk),
         "POW2": scale_format == "pow2",
+        "STICKY": sticky,
     }
 
 
@@ -101,6 +107,7 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
     POW2: tl.constexpr,
+    STICKY: tl.constexpr,
 ):
     """Quantize one tile; grid: (blocks along K, tiles along N, experts)."""
     column_block, tile, expert = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -119,14 +126,18 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     if BLOCK_ROWS > 1:
         amax_bits = tl.max(amax_bits, axis=0)[None]  # of the block
     scale, scale_inv = scale_of_bits(amax_bits, POW2)
+    scale_columns = tl.num_programs(0)
+    scale_row = tile + tl.arange(0, 1) if BLOCK_ROWS > 1 else tile * TILE_ROWS + row_in_tile
+    to_scale = (expert * scale_rows + scale_row) * scale_columns + column_block
+    if STICKY:  # sticky.py
+        previous = tl.load(scale_pointer + to_scale, mask=scale_row < scale_rows, other=0.0)
+        kept = (previous == 2 * scale_inv) & (amax_bits != 0)
+        scale = tl.where(kept, 0.5 * scale, scale)
+        scale_inv = tl.where(kept, previous, scale_inv)
 
     scaled = tl.minimum(tl.maximum(x * scale[:, None], -448.0), 448.0)
     to = expert * n * k + rows[:, None] * k + columns[None, :]
     tl.store(data_pointer + to, scaled.to(tl.float8e4nv), mask=inside)
-
-    scale_columns = tl.num_programs(0)
-    scale_row = tile + tl.arange(0, 1) if BLOCK_ROWS > 1 else tile * TILE_ROWS + row_in_tile
-    to_scale = (expert * scale_rows + scale_row) * scale_columns + column_block
     tl.store(scale_pointer + to_scale, scale_inv, mask=scale_row < scale_rows)
 
 

@@ -12,6 +12,7 @@ from fp8rl.sync.engines import SyncClient
 from fp8rl.sync.errors import (
     BaseMismatchError,
     CorruptTensorError,
+    DeltaError,
     EngineCallError,
     EnginesError,
     ManifestError,
@@ -27,6 +28,7 @@ from fp8rl.sync.errors import (
 from fp8rl.sync.file_follower import FileFollower
 from fp8rl.sync.files import Files
 from fp8rl.sync.megatron import MegatronSource
+from fp8rl.sync.megatron_load import load_hf_checkpoint
 from fp8rl.sync.publisher import Publisher, SyncReport
 from fp8rl.sync.qkv_hugging_face import HuggingFaceQKV
 from fp8rl.sync.qkv_megatron import MegatronQKV
@@ -39,6 +41,7 @@ __all__ = [
     "BaseMismatchError",
     "Broadcast",
     "CorruptTensorError",
+    "DeltaError",
     "EngineCallError",
     "EnginesError",
     "FileFollower",
@@ -66,4 +69,5 @@ __all__ = [
     "UnsupportedAttentionError",
     "UpdateAbandonedError",
     "WeightSource",
+    "load_hf_checkpoint",
 ]

@@ -29,7 +29,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator
-from typing import Final, Literal, NamedTuple, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -47,15 +47,15 @@ from fp8rl.sync.elias_fano import (
 from fp8rl.sync.errors import DeltaError
 
 Width = Literal[1, 2]
-Elements: TypeAlias = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+Elements: TypeAlias = npt.NDArray[Any]  # uint8 or uint16
 
 FRAME: Final = 2**21  # bytes of the tensor; a multiple of 8
 MAGIC: Final = b"FP8D"
 FORMAT: Final = 1
 HEADER: Final = struct.Struct("<4sBBQQ")
 FRAME_HEADER: Final = struct.Struct("<II")
-_UNSIGNED: Final = {1: np.dtype("<u1"), 2: np.dtype("<u2")}
-_SIGNED: Final = {1: np.dtype("<i1"), 2: np.dtype("<i2")}
+_UNSIGNED: Final[dict[int, np.dtype[Any]]] = {1: np.dtype("<u1"), 2: np.dtype("<u2")}
+_SIGNED: Final[dict[int, np.dtype[Any]]] = {1: np.dtype("<i1"), 2: np.dtype("<i2")}
 
 
 def encode_delta(
@@ -75,7 +75,7 @@ def encode_delta(
         )
     parts: list[bytes] = []
     room = base.numel() - HEADER.size
-    for old, now in zip(base.split(FRAME), new.split(FRAME), strict=True):
+    for old, now in zip(torch.split(base, FRAME), torch.split(new, FRAME), strict=True):
         if room <= 0:
             return None
         frame = _encode_frame(old, now, width)
@@ -162,7 +162,7 @@ def _changed(old: Tensor, now: Tensor, width: int) -> tuple[Positions, Elements]
 def _words(frame: Tensor) -> Tensor:
     """View as int64; a copy, filled up with zeros, where torch cannot view it."""
     if frame.numel() % 8 or frame.storage_offset() % 8:
-        frame = torch.nn.functional.pad(frame, (0, -frame.numel() % 8)).clone()
+        frame = torch.nn.functional.pad(frame, (0, -frame.numel() % 8))
     return frame.view(torch.int64)
 
 
@@ -200,7 +200,7 @@ def _read_header(data: Bytes, nbytes: int) -> int:
     """The element width of a payload whose header is that of a delta of ``nbytes`` bytes."""
     if len(data) < HEADER.size:
         raise DeltaError(f"payload has {len(data)} bytes, expected a header of {HEADER.size}")
-    magic, form, width, size, body = HEADER.unpack_from(data)
+    magic, form, width, size, body = HEADER.unpack_from(data.data)
     if magic != MAGIC or form != FORMAT:
         raise DeltaError(
             f"payload begins with {magic!r} format {form}, expected {MAGIC!r} format {FORMAT}"
@@ -224,7 +224,7 @@ def _changes(data: Bytes, nbytes: int, width: int) -> Iterator[_Change]:
         elements = min(FRAME, nbytes - start) // width
         if at + FRAME_HEADER.size > len(data):
             raise DeltaError(f"frame at byte {start}: the payload ends before it")
-        count, packed = FRAME_HEADER.unpack_from(data, at)
+        count, packed = FRAME_HEADER.unpack_from(data.data, at)
         at += FRAME_HEADER.size
         if count > elements or (count == 0 and packed):
             raise DeltaError(

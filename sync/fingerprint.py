@@ -60,7 +60,7 @@ def fingerprint(tensor: Tensor) -> str:
     data = tensor.detach().contiguous().reshape(-1).view(torch.int8)
     tree = hashlib.blake2b(digest_size=8)
     total = 0
-    for slab in data.split(SLAB) if data.numel() else ():
+    for slab in torch.split(data, SLAB) if data.numel() else ():
         products = _level(slab)
         total += int(products[:, 0].sum())
         while products.nbytes > ROW:
@@ -82,7 +82,7 @@ def finite(tensor: Tensor) -> bool:
         )
     integers, sign, infinity = _BITS[tensor.dtype]
     bits = tensor.detach().contiguous().reshape(-1).view(integers)
-    chunks = bits.split(max(1, _FINITE_CHUNK // tensor.element_size()))
+    chunks = torch.split(bits, max(1, _FINITE_CHUNK // tensor.element_size()))
     greatest = [(chunk | sign).amax() for chunk in chunks if chunk.numel()]
     return not greatest or int(torch.stack(greatest).amax()) < sign + infinity
 

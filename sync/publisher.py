@@ -29,7 +29,7 @@ from fp8rl.sync.engines import Engines, SyncClient
 from fp8rl.sync.errors import BaseMismatchError
 from fp8rl.sync.ledger import Ledger
 from fp8rl.sync.manifest import Base
-from fp8rl.sync.source import WeightSource, encoded
+from fp8rl.sync.source import WeightSource, destinations, encoded
 from fp8rl.sync.transport import Outbox
 from fp8rl.sync.transports import SharedMemory, Transport
 from fp8rl.sync.update import KVMeasure, Stream, Update, check_scales
@@ -153,7 +153,7 @@ class Publisher:
         Whatever goes wrong, every engine goes on serving the version before it, or, where it cannot
         prove that it holds that, nothing.
         """
-        to = [0]
+        to = destinations(source, self._engines is not None)
         stream = encoded(source, self._plan, to=to, fp32_as=self._fp32_as)
         with closing(stream):
             if self._engines is None:

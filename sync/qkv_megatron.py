@@ -30,6 +30,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from fp8rl.quant import AttentionShape, KVObserver, KVScaleError
+from fp8rl.sync.megatron_layout import model_chunks
 from fp8rl.sync.qkv_source import QKVWatch, check_forward, padding_mask, shown
 
 _ARGUMENTS: Final = (  # of core attention, in Megatron's order
@@ -52,8 +53,7 @@ class MegatronQKV:
     """
 
     def __init__(self, model: nn.Module | Sequence[nn.Module]) -> None:
-        chunks = [model] if isinstance(model, nn.Module) else list(model)
-        unwrapped = [_unwrapped(chunk) for chunk in chunks]
+        unwrapped = model_chunks(model)
         config = unwrapped[0].config
         if config.multi_latent_attention:
             raise KVScaleError(
@@ -139,9 +139,3 @@ def _packed_tokens(
     position = offset + chunk * torch.where(offset < chunk, rank, 2 * ranks - 2 - rank)
     real: Tensor = (token < starts[-1]) & (position < ends.diff()[which])
     return real
-
-
-def _unwrapped(model: Any) -> Any:
-    while hasattr(model, "module"):
-        model = model.module
-    return model

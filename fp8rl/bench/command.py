@@ -1,4 +1,4 @@
-"""The command line of the benchmarks: `fp8rl bench quant`, `fp8rl bench kv-scales`."""
+"""The command line of the benchmarks: `fp8rl bench quant`, `kv-scales`, `density`."""
 
 from __future__ import annotations
 
@@ -36,6 +36,14 @@ Examples:
 - `fp8rl bench kv-scales --model none`: the share of the demo's step alone
 
 - `fp8rl bench kv-scales --model qwen3-8b --measured-by none`: the hook alone
+"""
+
+DENSITY_EXAMPLES = """
+Examples:
+
+- `fp8rl bench density`: Gaussian masters and the real loop, some two minutes on two cores
+
+- `fp8rl bench density --steps 0`: Gaussian masters alone, without an engine
 """
 
 
@@ -164,6 +172,46 @@ def kv_scales(
     )
     result.write(folder)
     save_picture(result, folder / "kv-scales.png")
+    if not as_json:
+        print_result(result, Console())
+    typer.echo(json.dumps(asdict(result)) if as_json else str(folder))
+
+
+@app.command(epilog=DENSITY_EXAMPLES)
+def density(
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Where result.json, density.png and the run go; runs/bench-density-DATE-TIME "
+            "unless given.",
+            show_default=False,
+        ),
+    ] = None,
+    steps: Annotated[
+        int, typer.Option(min=0, help="Steps of the loop at each learning rate; 0 leaves it out.")
+    ] = 8,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="End with the result as one JSON object on the last line."),
+    ] = False,
+) -> None:
+    """Count what an optimizer step changes of a model, in BF16 and in FP8, and weigh the deltas.
+
+    At learning rates 1e-6, 3e-6 and 1e-5, on Gaussian masters and in the demo's loop with a live
+    engine. The last line printed is the folder with result.json and density.png.
+    """
+    from rich.console import Console
+
+    from fp8rl.bench.density import bench_density
+    from fp8rl.bench.density_report import print_result, save_picture
+    from fp8rl.config import RunConfig
+
+    folder = out or Path("runs") / f"bench-density-{datetime.now():%Y%m%d-%H%M%S}"
+    _make(folder)
+    result = bench_density(RunConfig(), steps, folder, started=partial(typer.echo, err=True))
+    result.write(folder)
+    save_picture(result, folder / "density.png")
     if not as_json:
         print_result(result, Console())
     typer.echo(json.dumps(asdict(result)) if as_json else str(folder))

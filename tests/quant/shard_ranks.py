@@ -4,6 +4,7 @@ Each writes its parts to FOLDER/RANK.safetensors, and FOLDER/RANK.json with what
 much was said, and the random cases that came out wrong.
 """
 
+import dataclasses
 import datetime
 import json
 import random
@@ -145,6 +146,42 @@ def wrong_random_cases(rank: int) -> list[int]:
     return wrong
 
 
+def previous_scales(name: str, case: Case) -> torch.Tensor:
+    """Scales that the whole could have had: from an eighth to eight times its own."""
+    fresh = quantize_blockwise(whole(name, case), **case.options).scale_inv
+    generator = torch.Generator().manual_seed(7)
+    shift = torch.randint(-3, 4, fresh.shape, generator=generator)
+    return (fresh * torch.exp2(shift.float())).clamp(2.0**-126, 2.0**127)
+
+
+def sticky_part(name: str, case: Case, rank: int, *, shift: int = 0) -> WeightShard:
+    """The part of a rank with its previous scales, `shift` binades from those of the whole."""
+    box = case.layout.boxes[rank].blocks(case.options.get("block_size", (128, 128)))
+    previous = previous_scales(name, case)[box.slices] * 2.0**shift
+    return dataclasses.replace(part(name, case, rank), previous_scale_inv=previous)
+
+
+def sticky_names() -> list[str]:
+    """The cases that can have sticky scales."""
+    return [name for name, case in CASES.items() if "scale_format" not in case.options]
+
+
+def wrong_sticky_cases(rank: int) -> list[str]:
+    """Cases whose part, with previous scales, is not that of the whole with them."""
+    wrong = []
+    for name in sticky_names():
+        case = CASES[name]
+        found = quantize_shards([sticky_part(name, case, rank)], **case.options)[0]
+        previous = previous_scales(name, case)
+        want = quantize_blockwise(whole(name, case), previous_scale_inv=previous, **case.options)
+        data = want.data.view(torch.uint8)[found.box.slices]
+        scales = want.scale_inv[found.box.blocks(found.block_size).slices]
+        same = torch.equal(found.data.view(torch.uint8), data)
+        if not (same and torch.equal(found.scale_inv, scales)):
+            wrong.append(name)
+    return wrong
+
+
 def refusals(rank: int, pair: dist.ProcessGroup) -> dict[str, str]:
     """What each mistake is answered with on this rank; a good call after each must work."""
     good = Case(chunk((301, 257), 0, RANKS))
@@ -172,6 +209,7 @@ def refusals(rank: int, pair: dist.ProcessGroup) -> dict[str, str]:
     wide = [WeightShard(s.name, s.local.double(), s.layout) for s in shards()]
     single = [WeightShard(s.name, s.local.float(), s.layout) for s in shards()]
     cut = [WeightShard(s.name, s.local[1:], s.layout) for s in shards()]
+    odd = dataclasses.replace(shards()[0], previous_scale_inv=torch.ones(1, 1))
     mistakes = {
         "nan inside": broken({"b": [(160, 250)]}, torch.nan),  # rank 2's own block
         "nan shared": broken({"a": [(151, 3)]}, torch.nan),
@@ -186,6 +224,8 @@ def refusals(rank: int, pair: dist.ProcessGroup) -> dict[str, str]:
         "single": only(1, call(single, fp32_as="master")),
         "unsaid": only(1, call(single)),
         "cut": only(2, call(cut)),
+        "odd previous": only(2, call([odd, odd])),
+        "some sticky": only(3, call([sticky_part(name, good, rank) for name in names])),
         "three parts": call([WeightShard("a", whole("a", good), chunk((301, 257), 0, 3))]),
         "outsider": lambda: quantize_shards([], group=pair),
     }
@@ -233,6 +273,8 @@ def main(rank: int, folder: Path) -> None:
     if rank in PAIR:
         mine = part("pair", PAIR_CASE, PAIR.index(rank))
         parts += quantize_shards([mine], group=pair)
+    apart = sticky_part("rows, cut anywhere", CASES["rows, cut anywhere"], rank, shift=rank % 2)
+    parts.append(quantize_shards([dataclasses.replace(apart, name="ranks that differ")])[0])
     tensors = {}
     for q in parts:
         tensors[f"{q.name}.data"], tensors[f"{q.name}.scale_inv"] = q.data, q.scale_inv
@@ -241,6 +283,7 @@ def main(rank: int, folder: Path) -> None:
         "refusals": refusals(rank, pair),
         "traffic": traffic(rank),
         "wrong": wrong_random_cases(rank),
+        "wrong_sticky": wrong_sticky_cases(rank),
     }
     (folder / f"{rank}.json").write_text(json.dumps(facts))
     dist.destroy_process_group()

@@ -119,6 +119,18 @@ def test_the_compiled_cast_is_the_reference(kind, lead, columns, more_rows, scal
     assert_is_reference(x, out)
 
 
+@pytest.mark.parametrize("shape", [(1024, 1024), (1100, 1280), (3, 700, 640), (1100, 1030)])
+def test_with_previous_scales_too_every_path_is_the_reference(shape):
+    x = values(shape, torch.bfloat16, 18)
+    fresh = quantize(x).scale_inv
+    shift = torch.randint(-3, 4, fresh.shape, generator=torch.Generator().manual_seed(0))
+    previous = (fresh * torch.exp2(shift.float())).clamp(2.0**-126, 2.0**127)
+    found = quantize_blockwise(x, previous_scale_inv=previous)
+    data, scale_inv = reference_cast(x, (128, 128), "pow2", previous)
+    assert torch.equal(found.scale_inv, scale_inv) and not torch.equal(scale_inv, fresh)
+    assert torch.equal(found.data.view(torch.uint8), data.view(torch.uint8))
+
+
 # 2^20 elements and more, each laid out in memory in its own way.
 LAYOUTS: dict[str, Callable[[torch.dtype], torch.Tensor]] = {
     "whole blocks": lambda dtype: values((1024, 1024), dtype, 0),

@@ -92,6 +92,18 @@ def test_random_cuts_sizes_and_formats(answers):
     assert [rank["wrong"] for rank in answers] == [[]] * RANKS
 
 
+def test_sticky_parts_join_to_the_sticky_whole(answers):
+    assert len(shard_ranks.sticky_names()) > 10
+    assert [rank["wrong_sticky"] for rank in answers] == [[]] * RANKS
+
+
+def test_ranks_with_other_previous_scales_of_a_block_decide_alike(tensors):
+    """`join_shards` refuses parts that have other scales for a block that they share."""
+    case = CASES["rows, cut anywhere"]
+    parts = [read(found, "ranks that differ", case, rank) for rank, found in enumerate(tensors)]
+    assert join_shards(parts).shape == case.layout.shape
+
+
 def shared_of(case: Case) -> int:
     """Count the blocks that two or more ranks hold, element by element."""
     *_, n, k = case.layout.shape
@@ -145,6 +157,7 @@ def test_a_non_finite_value_on_one_rank_is_the_error_of_the_whole_on_every_rank(
         ("none", "'a: torch.bfloat16", 3, "'nothing more'"),
         ("other layout", r"2: \[70, 257\] at \[152, 0\]", 1, r"2: \[76, 257\] at \[152, 0\]"),
         ("single", "fp32_as=None", 1, "fp32_as=master"),
+        ("some sticky", "torch.bfloat16 .301", 3, "torch.bfloat16 with previous scales "),
     ],
 )
 def test_ranks_that_mean_different_things_are_all_told_what(answers, mistake, first, where, second):
@@ -161,6 +174,11 @@ def test_ranks_that_mean_different_things_are_all_told_what(answers, mistake, fi
         ("unknown format", 1, "QuantFormatError: scale_format must be one of"),
         ("wide", 2, "QuantFormatError: a: dtype must be one of"),
         ("unsaid", 1, "QuantFormatError: a: is fp32, and fp32_as is None"),
+        (
+            "odd previous",
+            2,
+            r"QuantFormatError: a: previous scales .*\(1, 1\).* expected .*\(1, 3\)",
+        ),
         ("cut", 2, r"ShardError: a: rank 2 of the group holds \(75, 257\), and \(76, 257\) of"),
     ],
 )

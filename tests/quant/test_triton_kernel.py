@@ -17,12 +17,14 @@ BLOCKS = [(128, 128), (1, 128), (1, 32)]
 
 
 @pytest.mark.parametrize("block_size", BLOCKS)
-@pytest.mark.parametrize("scale_format", ["pow2", "fp32"])
-def test_it_compiles_for_an_h100_to_exact_arithmetic(block_size, scale_format):
+@pytest.mark.parametrize(
+    ("scale_format", "sticky"), [("pow2", False), ("fp32", False), ("pow2", True)]
+)
+def test_it_compiles_for_an_h100_to_exact_arithmetic(block_size, scale_format, sticky):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    constants = constants_of(block_size, scale_format)
+    constants = constants_of(block_size, scale_format, sticky)
     signature = {
         **{"x_pointer": "*bf16", "data_pointer": "*fp8e4nv", "scale_pointer": "*fp32"},
         **{"n": "i32", "k": "i32", "expert_stride": "i64", "row_stride": "i64"},
@@ -64,6 +66,14 @@ for shape, block in [((130, 200), (128, 128)), ((2, 33, 70), (1, 32)), ((3, 40, 
     triton_cast(x, out)
     assert torch.equal(out.data.view(torch.uint8), codes)
     assert (out.scale_inv == 2.0**-20).all()
+    out.scale_inv.copy_(2.0 ** torch.randint(-22, -16, out.scale_inv.shape))
+    out.scale_inv[..., 0, 0] = 2.0**-19
+    data, scale_inv = reference_cast(x, block, "pow2", out.scale_inv.clone())
+    triton_cast(x, out, sticky=True)
+    assert torch.equal(out.scale_inv, scale_inv)
+    assert (scale_inv == 2.0**-19).any(), "no block keeps its scale"
+    same = out.data.view(torch.uint8) == data.view(torch.uint8)
+    assert same.float().mean() > 0.9
 x = torch.ones(256, 256)
 x[200, 200] = torch.nan
 out = empty_quantized((256, 256))
@@ -99,3 +109,14 @@ def test_on_a_gpu_it_is_the_reference(shape, scale_format, dtype):
         data, scale_inv = reference_cast(x, block_size, scale_format)
         assert torch.equal(q.scale_inv.cpu(), scale_inv)
         assert torch.equal(q.data.cpu().view(torch.uint8), data.view(torch.uint8))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_sticky_scales_are_the_references():
+    x = torch.randn(1100, 1030, generator=torch.Generator().manual_seed(0)).bfloat16()
+    fresh = quantize_blockwise(x).scale_inv
+    previous = fresh * 2.0 ** torch.arange(-3, 4).repeat(20)[: fresh.numel()].view(fresh.shape)
+    found = quantize_blockwise(x.cuda(), previous_scale_inv=previous.cuda())
+    data, scale_inv = reference_cast(x, (128, 128), "pow2", previous)
+    assert torch.equal(found.scale_inv.cpu(), scale_inv)
+    assert torch.equal(found.data.cpu().view(torch.uint8), data.view(torch.uint8))

@@ -1,4 +1,7 @@
-"""MegatronSource on one rank; over ranks see tests/fp8rl/test_trainer_layouts.py."""
+"""MegatronSource of the reference trainer on one rank, and what it refuses.
+
+Other families: test_megatron_families.py; over ranks: test_megatron_ranks.py.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ from fp8rl.distributed import init_distributed
 from fp8rl.megatron_model import hf_config
 from fp8rl.quant import QuantPlan
 from fp8rl.sync.errors import SourceError
-from fp8rl.sync.megatron import MegatronSource, global_parameters
+from fp8rl.sync.megatron import MegatronSource
+from fp8rl.sync.megatron_layout import global_parameters
 from fp8rl.sync.source import WeightSource
 from fp8rl.trainer import MegatronTrainer
 
@@ -51,9 +55,7 @@ def test_names_shapes_and_dtype_are_those_of_hugging_face(
     assert [type(model).__name__] == config_json["architectures"]
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {meta.name: meta.shape for meta in source.metadata()}
-    assert found == expected
-    in_order = [[n for n in names if not n.endswith("bias")] for names in (found, expected)]
-    assert in_order[0] == in_order[1]  # q's, k's and v's biases come after all their weights
+    assert found == expected and list(found) == list(expected)
     assert {meta.dtype for meta in source.metadata()} == {torch.bfloat16}
 
 
@@ -105,33 +107,39 @@ def test_a_new_pass_sees_the_newest_weights(
     assert all(not torch.equal(before[name], tensor) for name, tensor in source)
 
 
-def test_an_unknown_parameter_is_named(trainer: MegatronTrainer) -> None:
+def test_an_unknown_parameter_is_named(
+    trainer: MegatronTrainer, config_json: dict[str, Any]
+) -> None:
     mlp = trainer._model.decoder.layers[1].mlp
     mlp.register_parameter("surprise", torch.nn.Parameter(torch.zeros(3).bfloat16()))
     try:
         with pytest.raises(SourceError, match=r"decoder\.layers\.1\.mlp\.surprise"):
-            MegatronSource(trainer._model)
+            MegatronSource(trainer._model, config_json)
     finally:
         del mlp.surprise
 
 
-def test_a_missing_parameter_is_named(trainer: MegatronTrainer) -> None:
+def test_a_tensor_that_nobody_holds_is_named(
+    trainer: MegatronTrainer, config_json: dict[str, Any]
+) -> None:
     norm = trainer._model.decoder.final_layernorm
     weight = norm.weight
     norm.weight = None
     try:
-        with pytest.raises(SourceError, match=r"decoder\.final_layernorm\.weight.*model\.norm"):
-            MegatronSource(trainer._model)
+        with pytest.raises(SourceError, match=r"model\.norm\.weight: .*none of them holds"):
+            MegatronSource(trainer._model, config_json)
     finally:
         norm.weight = weight
 
 
-def test_a_parameter_of_another_dtype_is_named(trainer: MegatronTrainer) -> None:
+def test_a_parameter_of_another_dtype_is_named(
+    trainer: MegatronTrainer, config_json: dict[str, Any]
+) -> None:
     norm = trainer._model.decoder.final_layernorm
     weight = norm.weight
     norm.weight = torch.nn.Parameter(weight.detach().float())
     try:
         with pytest.raises(SourceError, match=r"final_layernorm\.weight.*float32"):
-            MegatronSource(trainer._model)
+            MegatronSource(trainer._model, config_json)
     finally:
         norm.weight = weight

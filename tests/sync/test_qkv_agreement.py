@@ -54,7 +54,8 @@ def policy() -> tuple[dict[str, Tensor], KVObservation]:
         with source.watch(seer) as watch:
             watch.token_mask = REAL
             model(TOKENS, torch.arange(12).expand_as(TOKENS), causal(12))
-        weights = {name: tensor.clone().contiguous() for name, tensor in MegatronSource(model)}
+        exported = MegatronSource(model, hf_config(config().model, VOCAB, 64))
+        weights = {name: tensor.clone().contiguous() for name, tensor in exported}
     return weights, seer.observation()
 
 
