@@ -22,7 +22,7 @@ collective of the source's own; it runs through the rest of the pass first, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, runtime_checkable
 
@@ -212,7 +212,7 @@ def as_announced(
 
 def encoded(
     source: WeightSource, plan: QuantPlan, *, to: Sequence[int], fp32_as: FP32Source | None = None
-) -> Iterator[tuple[str, QuantizedTensor | Tensor]]:
+) -> Generator[tuple[str, QuantizedTensor | Tensor], None, None]:
     """Yield every tensor as the plan has it, on the ranks `to`: a collective of all trainer ranks.
 
     Quantized weights are yielded as ``QuantizedTensor``, others in the plan's dtype, in order of

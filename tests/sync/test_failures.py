@@ -1,4 +1,4 @@
-"""Whoever dies, and wherever: no mixed weights, a clear error, nothing leaked, and the next is good.
+"""Whoever dies, and wherever: no mixed weights, a clear error, nothing leaked, the next is good.
 
 Faults of the bytes and of the manifest are in test_transaction.py, those of files in test_files.py.
 """
@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import pytest
@@ -67,15 +67,19 @@ class TestTrainer:
     def fresh(self, server: Server) -> dict[int, list[int]]:
         """What the server answers after each seed alone; the first to be published to it."""
         answers = {}
-        with HTTPEngine(server.url, token=TOKEN) as engine:
-            with Publisher(PLAN, engine, kv_layers=helpers.LAYERS) as publisher:
-                for seed in (OLD, NEW, GOOD):
-                    publish(publisher, seed, version=seed)
-                    answers[seed] = server.generate(16)["token_ids"]
+        with (
+            HTTPEngine(server.url, token=TOKEN) as engine,
+            Publisher(PLAN, engine, kv_layers=helpers.LAYERS) as publisher,
+        ):
+            for seed in (OLD, NEW, GOOD):
+                publish(publisher, seed, version=seed)
+                answers[seed] = server.generate(16)["token_ids"]
         assert len({tuple(tokens) for tokens in answers.values()}) == 3
         return answers
 
-    PHASES: dict[str, int | None] = {  # where it dies -> what is served then, None: nothing
+    PHASES: ClassVar[
+        dict[str, int | None]
+    ] = {  # where it dies -> what is served then, None: nothing
         "introduced": OLD,
         "start": OLD,
         "stage 1": OLD,
@@ -207,19 +211,23 @@ class TestRing:
                 publish(publisher, GOOD, 1)
 
     def test_two_publishers_at_once_do_not_mix(self, tmp_path: Path) -> None:
-        with RolloutEngine(helpers.settings(), tmp_path) as engine:
-            with Publisher(PLAN, engine, kv_layers=helpers.LAYERS) as first:
-                publish(first, OLD, 0)
-                with Publisher(PLAN, engine, kv_layers=helpers.LAYERS) as second:
-                    before = engine.generate(PROMPTS, version=0, sampling=SAMPLING, seed=1)
-                    with pytest.raises(EngineError, match=r"PublisherError.*was replaced"):
-                        publish(first, NEW, 1)
-                    assert engine.generate(PROMPTS, version=0, sampling=SAMPLING, seed=1) == before
-                    with pytest.raises(StaleWeightsError, match="version 1 were asked for"):
-                        engine.generate(PROMPTS, version=1, sampling=SAMPLING, seed=1)
-                    publish(second, GOOD, 1)
-                    after = engine.generate(PROMPTS, version=1, sampling=SAMPLING, seed=1)
-                    assert after != before
+        def answers(version: int) -> Any:
+            return engine.generate(PROMPTS, version=version, sampling=SAMPLING, seed=1)
+
+        with (
+            RolloutEngine(helpers.settings(), tmp_path) as engine,
+            Publisher(PLAN, engine, kv_layers=helpers.LAYERS) as first,
+        ):
+            publish(first, OLD, 0)
+            with Publisher(PLAN, engine, kv_layers=helpers.LAYERS) as second:
+                before = answers(0)
+                with pytest.raises(EngineError, match=r"PublisherError.*was replaced"):
+                    publish(first, NEW, 1)
+                assert answers(0) == before
+                with pytest.raises(StaleWeightsError, match="version 1 were asked for"):
+                    answers(1)
+                publish(second, GOOD, 1)
+                assert answers(1) != before
 
     def test_a_ring_that_does_not_fit_into_memory_is_refused(self) -> None:
         with pytest.raises(SegmentError, match="bytes are free"):

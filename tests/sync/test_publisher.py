@@ -14,9 +14,7 @@ from fp8rl.quant import (
     KVScaleError,
     KVScales,
     NonFiniteWeightError,
-    QuantFormatError,
     QuantPlan,
-    QuantPlanError,
     quantize_blockwise,
 )
 from fp8rl.sync.errors import SourceError
@@ -214,11 +212,11 @@ def test_scales_for_an_engine_that_takes_none_are_refused() -> None:
 
 def test_a_tensor_of_another_model_shape_or_twice_is_refused() -> None:
     recorder, weights = Recorder(), helpers.weights(0)
-    with pytest.raises(QuantPlanError, match="no place in this plan"):
+    with pytest.raises(SourceError, match=r"the plan not, 1 tensor.*layers\.7\.mlp\.up_proj"):
         publish({**weights, "model.layers.7.mlp.up_proj.weight": weights[A_WEIGHT]}, recorder)
-    with pytest.raises(SourceError, match=rf"{A_WEIGHT}: shape \[256, 256\] .*, planned"):
+    with pytest.raises(SourceError, match=rf"{A_WEIGHT}: shape \[256, 256\], planned"):
         publish({**weights, A_WEIGHT: torch.ones(256, 256, dtype=torch.bfloat16)}, recorder)
-    with pytest.raises(SourceError, match=r"shape \[128\] torch.bfloat16, planned \[256\]"):
+    with pytest.raises(SourceError, match=r"shape \[128\], planned \[256\]"):
         publish({**weights, A_NORM: torch.ones(128, dtype=torch.bfloat16)}, recorder)
     twice = [*weights.items(), (A_NORM, weights[A_NORM])]
 
@@ -228,7 +226,7 @@ def test_a_tensor_of_another_model_shape_or_twice_is_refused() -> None:
 
     with (
         Publisher(PLAN, recorder, kv_layers=helpers.LAYERS) as publisher,
-        pytest.raises(SourceError, match="twice"),
+        pytest.raises(SourceError, match=f"{A_NORM}"),
     ):
         publisher.publish(Twice(weights), version=0, kv_scales=helpers.scales(0))
     assert recorder.calls == []
@@ -237,7 +235,7 @@ def test_a_tensor_of_another_model_shape_or_twice_is_refused() -> None:
 def test_fp32_weights_are_published_only_as_what_the_trainer_says_they_are() -> None:
     weights = {name: weight.float() for name, weight in helpers.weights(0).items()}
     weights[A_WEIGHT] = weights[A_WEIGHT] * (1 + 2**-10)  # not a bf16 number any more
-    with pytest.raises(QuantFormatError, match="fp32_as"):
+    with pytest.raises(SourceError, match="fp32_as"):
         publish(weights, Recorder())
     wire = {}
     for fp32_as in ("master", "export"):

@@ -17,7 +17,6 @@ from tests.sync.vllm_server import PROMPT, TOKEN, Server
 
 pytestmark = pytest.mark.long
 
-TOKEN = "a-token"
 PLAN = helpers.settings().plan()
 
 

@@ -16,7 +16,7 @@ import httpx
 from fp8rl.engine_channel import ENVIRONMENT
 from tests import helpers
 
-TOKEN = "a-token"  # noqa: S105
+TOKEN = "a-token"
 PROMPT = [2 + i % 60 for i in range(40)]
 
 
