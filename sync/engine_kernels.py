@@ -18,11 +18,10 @@ oneDNN's weights can only be seen through products: x @ W with one 1 in x gives 
 exactly (each sum has one term), and reading all K columns costs 2 N K^2 operations, more than the
 load itself. ``PROBES`` columns, drawn anew for each proof, are read. A kernel that differs in a
 fraction f of its columns passes for right with probability (1 - f)^64 at most: 5e-20 for one that
-differs in half of them, 1e-3 for a tenth. A kernel that was not made anew differs in nearly every
-column (an update changes 2 percent of a BF16 weight or more, and a column has thousands of rows).
-For heads and embeddings the weight from which the kernel was made is compared in full besides. One
-changed number inside oneDNN's copy is not what this can find. Numbers below 2^-126, which AMX
-takes for 0, are no difference there.
+differs in half of them, 1e-3 for a tenth. That it was made anew ``load`` checks, and for heads and
+embeddings the weight from which it was made is compared in full. What is left, a changed number
+inside oneDNN's copy alone, is not what this can find. Numbers below 2^-126, which AMX takes for 0,
+are no difference there.
 
 A kernel that is not in this list is refused by name: nothing counts as proven unread. On CUDA,
 DeepGEMM with E8M0 scales requantizes while loading; it leaves blocks as they are whose power-of-two

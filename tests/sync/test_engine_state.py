@@ -107,6 +107,13 @@ def test_what_is_not_whole_known_or_fitting_is_refused_before_anything_is_touche
     assert said["touched"] == "False"
 
 
+def test_a_kernel_that_keeps_its_old_weights_is_noticed_by_the_load(everything: Any) -> None:
+    assert everything["refusals"]["old kernel"] == (
+        "lm_head: new weights were loaded, but the kernel of a ParallelLMHead was not made anew "
+        "and multiplies by the old ones"
+    )
+
+
 def test_the_parts_of_two_workers_are_the_whole_tensors_each_with_its_scales(
     everything: Any,
 ) -> None:
