@@ -42,7 +42,7 @@ class EngineChannel:
         self._log_path = log_path
         ours, theirs = socket.socketpair()
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(_TORCHRUN)}
-        threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
+        threads = _threads(int(arguments["tensor_parallel_size"]))
         module = [sys.executable, "-m", "fp8rl.engine_process"]
         with theirs, log_path.open("ab") as log:
             self._process = subprocess.Popen(
@@ -111,3 +111,12 @@ class EngineChannel:
             f"the rollout engine (pid {self.pid}) ended, exit code {code}; the last lines of "
             f"{self._log_path}:\n  " + "\n  ".join(lines)
         )
+
+
+def _threads(workers: int) -> dict[str, str]:
+    """How the cores are shared: one engine process takes all, several workers a part each."""
+    cores = sorted(os.sched_getaffinity(0))
+    if workers == 1:
+        return {"OMP_NUM_THREADS": str(len(cores))}
+    parts = [cores[rank::workers] or cores[:1] for rank in range(workers)]
+    return {"VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, part)) for part in parts)}

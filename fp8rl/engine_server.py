@@ -20,9 +20,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 from fp8rl.errors import StaleWeightsError
+from fp8rl.quant.kv_observation import KVObservation
 from fp8rl.sync.manifest import DTYPE_NAMES
 from fp8rl.sync.plugin import BACKEND
 
@@ -242,8 +244,9 @@ class EngineServer:
             self._llm.wait_for_completion(use_tqdm=False)
         finally:
             self._llm.llm_engine.abort_request(added, internal=True)  # where a step failed
-            [seen] = self._receivers("end_observation")  # of the one worker there is
-        return dict(seen)
+            seen = self._receivers("end_observation")
+        parts = [KVObservation.from_json(part) for part in seen]  # each worker saw its heads
+        return reduce(KVObservation.beside, parts).to_json()
 
     def _refuse_if_stale(self, version: int) -> None:
         if self._asleep:

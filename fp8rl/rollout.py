@@ -30,7 +30,8 @@ class EngineSettings:
 
     hf_config: the model's config.json without quantization. precision: which arm. max_model_len:
     prompt and response, tokens. max_num_seqs: sequences decoded at once. kv_cache_bytes: memory of
-    the KV cache. seed: of vLLM itself; requests carry their own.
+    the KV cache, of each worker. tensor_parallel: workers. seed: of vLLM itself; requests carry
+    their own.
     """
 
     hf_config: Mapping[str, Any]
@@ -38,12 +39,15 @@ class EngineSettings:
     max_model_len: int
     max_num_seqs: int
     kv_cache_bytes: int
+    tensor_parallel: int = 1
     seed: int = 0
 
     def plan(self) -> QuantPlan:
         """The quantization plan that trainer and engine share."""
         weights: WeightPrecision = "bf16" if self.precision in BF16_WEIGHTS else "fp8"
-        return QuantPlan.from_hf_config(self.hf_config, weights=weights)
+        return QuantPlan.from_hf_config(
+            self.hf_config, weights=weights, tensor_parallel=self.tensor_parallel
+        )
 
     @property
     def fp8_kv(self) -> bool:
@@ -65,6 +69,7 @@ class EngineSettings:
             "max_model_len": self.max_model_len,
             "max_num_seqs": self.max_num_seqs,
             "kv_cache_memory_bytes": self.kv_cache_bytes,
+            "tensor_parallel_size": self.tensor_parallel,
             "enforce_eager": True,
             "seed": self.seed,
         }

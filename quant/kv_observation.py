@@ -96,6 +96,27 @@ class KVObservation:
                 f"why it ended; start the run again from its last checkpoint ({error})"
             ) from error
 
+    def beside(self, other: "KVObservation") -> "KVObservation":
+        """Join what another observer of the same model saw: other layers, heads or tokens.
+
+        Raises KVScaleError where it was a model of another shape, or only one has a histogram.
+        """
+        if self.shape != other.shape or (self.histogram is None) != (other.histogram is None):
+            raise KVScaleError(
+                f"observations of {self.shape} and {other.shape} cannot be joined, nor one with a "
+                "histogram and one without"
+            )
+        histogram = None
+        if self.histogram is not None and other.histogram is not None:
+            histogram = self.histogram + other.histogram
+        return KVObservation(
+            self.shape,
+            torch.maximum(self.amax_bits, other.amax_bits),
+            self.tokens_seen + other.tokens_seen,
+            self.counts + other.counts,
+            histogram,
+        )
+
     def _joined(self, peers: Peers) -> "KVObservation":
         kind = "without" if self.histogram is None else "with"
         peers.agree([f"KV observation of {self.shape} {kind} a histogram"], None, trouble=False)

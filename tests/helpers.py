@@ -38,11 +38,13 @@ def hf_config(
     }
 
 
-def weights(seed: int, family: str = "qwen3") -> dict[str, torch.Tensor]:
+def weights(
+    seed: int, family: str = "qwen3", config: dict[str, Any] | None = None
+) -> dict[str, torch.Tensor]:
     """Every tensor of the model, BF16; seeds give different policies."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for entry in QuantPlan.from_hf_config(hf_config(family=family)).entries:
+    for entry in QuantPlan.from_hf_config(config or hf_config(family=family)).entries:
         noise = torch.randn(entry.shape, generator=generator)
         value = 1 + 0.1 * noise if len(entry.shape) == 1 else 0.08 * noise
         tensors[entry.name] = value.to(torch.bfloat16)
@@ -61,11 +63,18 @@ def scales(version: int, factor: float = 1.0) -> KVScales:
 
 
 def settings(
-    precision: str = "fp8-kv", max_model_len: int = 512, family: str = "qwen3"
+    precision: str = "fp8-kv",
+    max_model_len: int = 512,
+    family: str = "qwen3",
+    tensor_parallel: int = 1,
 ) -> EngineSettings:
-    """A small engine."""
+    """A small engine; of several workers with as many key/value heads as query heads."""
+    config = hf_config(family=family)
+    if tensor_parallel > 1:  # a worker's part of k and v must be whole blocks
+        config["num_key_value_heads"] = config["num_attention_heads"]
     return EngineSettings(
-        hf_config=hf_config(family=family),
+        hf_config=config,
+        tensor_parallel=tensor_parallel,
         precision=precision,  # type: ignore[arg-type]
         max_model_len=max_model_len,
         max_num_seqs=16,

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from fp8rl.errors import EngineDiedError, StaleWeightsError
+from fp8rl.quant import KVScales
 from fp8rl.rollout import RolloutEngine, Sample, Sampling
 from fp8rl.sync import Broadcast, EnginesError, FileFollower, Files, Publisher
 from fp8rl.sync.source import IterableSource
@@ -169,3 +170,39 @@ def test_one_replica_dies_and_the_others_go_on(pair: list[RolloutEngine], fresh:
             )
     with pytest.raises((EngineDiedError, StaleWeightsError)):
         answers(alive, version + 1)
+
+
+def test_both_workers_of_a_tensor_parallel_engine_are_updated_and_proven(tmp_path: Path) -> None:
+    settings = helpers.settings(tensor_parallel=2)
+    plan = settings.plan()
+
+    def weights(steps: int) -> IterableSource:
+        tensors = helpers.weights(5, config=dict(settings.hf_config))
+        generator = torch.Generator().manual_seed(1)
+        for tensor in list(tensors.values()) * steps:
+            tensor[torch.rand(tensor.shape, generator=generator) < 0.01] *= 1.0625
+        return IterableSource(tensors)
+
+    with RolloutEngine(settings, tmp_path) as engine:
+        with Publisher(plan, engine, kv_layers=helpers.LAYERS, deltas=True) as publisher:
+            for version, kind in enumerate(("full", "delta")):
+                report = publisher.publish(
+                    weights(version), version=version, kv_scales=helpers.scales(version)
+                )
+                assert report is not None and report.kind == kind
+            updated = answers(engine, 1)
+            first, second = engine.worker_report()
+            assert first["digest"] == second["digest"]
+            assert first["kv_scales_proven"] == second["kv_scales_proven"] == 3 * helpers.LAYERS
+
+            def measure() -> KVScales:
+                seen = engine.observe_kv(PROMPTS, histogram=False)
+                assert seen.tokens == sum(map(len, PROMPTS))
+                raise RuntimeError("changed my mind")
+
+            with pytest.raises(RuntimeError, match="changed my mind"):
+                publisher.publish(weights(3), version=2, kv_scales=measure)
+            assert answers(engine, 1) == updated  # undone in both workers
+        with Publisher(plan, engine, kv_layers=helpers.LAYERS) as publisher:
+            publisher.publish(weights(1), version=3, kv_scales=helpers.scales(3))
+        assert answers(engine, 3) == updated
