@@ -18,13 +18,14 @@ proven that it holds that; else these are aborted, and nothing is served until a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
 from fp8rl.errors import StaleWeightsError
 from fp8rl.quant.kv_observation import KVObservation
+from fp8rl.sync.errors import UpdateRefusedError
 from fp8rl.sync.manifest import DTYPE_NAMES
 from fp8rl.sync.plugin import BACKEND
 
@@ -92,7 +93,7 @@ class EngineServer:
 
     def worker_report(self) -> list[dict[str, Any]]:
         """For each worker: the live weight-transfer backend, its version and why it refuses."""
-        reports: list[dict[str, Any]] = self._llm.collective_rpc(_describe_receiver)
+        reports: list[dict[str, Any]] = self._llm.collective_rpc(_report)
         return reports
 
     def kv_state(self) -> list[dict[str, Any]]:
@@ -147,6 +148,8 @@ class EngineServer:
         self._publisher = str(init_info.get("publisher"))
         with self._all_or_nothing():
             self._llm.init_weight_transfer_engine({"init_info": init_info})
+            if self._in_session:
+                self._end_session("another publisher took over")
 
     def start_weight_update(self) -> None:
         """Begin an update; what is held is served until a manifest comes."""
@@ -156,10 +159,15 @@ class EngineServer:
             self._end_session("a new update begins")
         with self._all_or_nothing():
             self._llm.start_weight_update()
-        self._in_session = True
+            self._in_session = True
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Take in a stage, or apply and prove a manifest, in every worker."""
+        """In every worker take in a stage, or apply and prove a manifest, or give the update up."""
+        if "abandon" in update_info:
+            if self._in_session:
+                self._end_session(update_info["abandon"])
+            self._fail_in_flight_unless_held(update_info["abandon"])
+            return
         self._updating = self._updating or "manifest" in update_info
         with self._all_or_nothing():
             self._llm.update_weights({"update_info": update_info})
@@ -167,6 +175,9 @@ class EngineServer:
     def finish_weight_update(self, weight_version: str) -> None:
         """Drop the KV cache of the old weights, commit the new ones and label them."""
         with self._all_or_nothing():
+            for worker in self.worker_report():
+                if worker["unready"] is not None:
+                    raise UpdateRefusedError(worker["unready"])
             self._drop_cache()
             self._llm.finish_weight_update(weight_version)
         self._updating = self._in_session = False
@@ -278,20 +289,24 @@ class EngineServer:
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        """An error inside fails the update in every worker.
+        """What goes wrong inside, or what a worker refused, fails the update in every worker.
 
         Requests in flight go on where the version before it is held and proven; else they fail.
         """
         try:
             yield
+            for worker in self.worker_report():
+                if worker["refusal"] is not None:
+                    raise UpdateRefusedError(worker["refusal"])
         except (ValueError, RuntimeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            self._end_session(reason)
-            if any(worker["failure"] is not None for worker in self.worker_report()):
-                self._fail_in_flight(reason)
+            if self._in_session:
+                self._end_session(f"{type(error).__name__}: {error}")
+            self._fail_in_flight_unless_held(str(error))
             raise
 
-    def _fail_in_flight(self, reason: str) -> None:
+    def _fail_in_flight_unless_held(self, reason: str) -> None:
+        if all(worker["failure"] is None for worker in self.worker_report()):
+            return
         self._llm.llm_engine.abort_request(list(self._in_flight))
         for ticket in self._in_flight.values():
             self._tickets[ticket].failure = (
@@ -301,15 +316,11 @@ class EngineServer:
         self._in_flight.clear()
 
     def _end_session(self, reason: str) -> None:
-        """End vLLM's update session, and have every worker undo what it applied.
-
-        A worker answers with an error, which ends its session; where it has none vLLM raises too,
-        and that is as good.
-        """
+        """Have every worker undo what it applied, and end vLLM's session."""
         self._in_session = self._updating = False
-        with suppress(ValueError, RuntimeError):
-            info = {"publisher": self._publisher, "abandon": reason}
-            self._llm.update_weights({"update_info": info})
+        info = {"publisher": self._publisher, "abandon": reason}
+        self._llm.update_weights({"update_info": info})
+        self._llm.finish_weight_update()
 
     def _drop_cache(self) -> None:
         if not self._llm.reset_prefix_cache(reset_running_requests=True):
@@ -326,20 +337,9 @@ def _call_receiver(worker: Any, method: str, *arguments: Any) -> Any:
     return getattr(worker.weight_transfer_engine, method)(*arguments)
 
 
-def _describe_receiver(worker: Any) -> dict[str, Any]:
-    """Run inside a worker: what its weight-transfer engine is and holds."""
-    receiver = worker.weight_transfer_engine
-    report = receiver.report
-    return {
-        "backend": type(receiver).__name__,
-        "version": receiver.version,
-        "failure": receiver.failure,
-        "error": receiver.weights.last_error,
-        "digest": report.digest if report else None,
-        "tensors_proven": report.tensors_proven if report else 0,
-        "kv_scales_proven": report.kv_scales_proven if report else 0,
-        "seconds": report.seconds if report else {},
-    }
+def _report(worker: Any) -> dict[str, Any]:
+    """Run inside a worker: what its weight-transfer engine holds, and says of the last call."""
+    return dict(worker.weight_transfer_engine.report())
 
 
 def _list_tensors(worker: Any) -> list[Any]:

@@ -23,7 +23,7 @@ from fp8rl.sync.errors import (
     SourceError,
     TransportError,
     UnsupportedAttentionError,
-    UpdateAbandonedError,
+    UpdateRefusedError,
 )
 from fp8rl.sync.file_follower import FileFollower
 from fp8rl.sync.files import Files
@@ -67,7 +67,7 @@ __all__ = [
     "TensorMeta",
     "TransportError",
     "UnsupportedAttentionError",
-    "UpdateAbandonedError",
+    "UpdateRefusedError",
     "WeightSource",
     "load_hf_checkpoint",
 ]

@@ -23,12 +23,7 @@ from torch import Tensor
 
 from fp8rl.quant import EngineTensor, KVScaleError
 from fp8rl.sync.delta import apply_delta
-from fp8rl.sync.errors import (
-    SEND_FULL,
-    BaseMismatchError,
-    CorruptTensorError,
-    ManifestError,
-)
+from fp8rl.sync.errors import BaseMismatchError, CorruptTensorError, ManifestError
 from fp8rl.sync.fingerprint import fingerprint, finite
 from fp8rl.sync.manifest import (
     DTYPES,
@@ -194,7 +189,7 @@ def _check_base(version: int, base: Base | None, held: Mirror | None) -> None:
         found = f"holds version {held.base.version} ({held.base.digest[:12]})"
     raise BaseMismatchError(
         f"version {version} builds on version {base.version} ({base.digest[:12]}), but the engine "
-        f"{found}; {SEND_FULL}"
+        f"{found}; send a full update"
     )
 
 

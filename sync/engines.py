@@ -1,8 +1,8 @@
 """The engines that a publisher updates, driven in step: one, or several replicas.
 
-Every call goes to all engines at once. One that fails leaves the update: it is told to give it up,
-the others go on, and it takes part again, introduced anew, in the next. Only when none is left does
-the call raise. Which version each engine committed last is kept here, for deltas.
+Every call goes to all engines at once. One that fails has given the update up; the others go on,
+and it takes part again, introduced anew, in the next. Only when none is left does the call raise.
+Which version each engine committed last is kept here, for deltas.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ from fp8rl.sync.transport import Outbox
 
 @runtime_checkable
 class SyncClient(Protocol):
-    """The engine's control plane: the four methods of vLLM's ``VLLMWeightSyncClient``."""
+    """The engine's control plane: the four methods of vLLM's ``VLLMWeightSyncClient``.
+
+    A method raises what the engine found wrong; it has then ended the update there, so that the
+    next one can begin. To ``update_weights`` with ``abandon`` it answers by doing just that.
+    """
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Tell every worker who publishes and through which transport."""
@@ -90,8 +94,8 @@ class Engines:
         return bases.pop() if len(bases) == 1 else None
 
     def start(self) -> None:
-        """Begin an update on all engines; one that a publisher before left open is ended."""
-        self._on_all(self._start)
+        """Begin an update on all engines."""
+        self._on_all(lambda engine: engine.client.start_weight_update())
 
     def update(self, content: dict[str, Any]) -> None:
         """Send a stage or a manifest to all engines."""
@@ -107,21 +111,16 @@ class Engines:
 
     def abandon(self, reason: str) -> None:
         """Have every engine that is still in the update give it up."""
+        info = {"publisher": self._publisher, "abandon": reason}
         for engine in self._engines:
             if engine.error is None:
-                self._abandon(engine, reason)
+                with suppress(ValueError, RuntimeError, OSError):  # an error is on its way already
+                    engine.client.update_weights(info)
 
     def close(self) -> None:
         """Stop the threads; the engines live on."""
         self.rejoin()  # an error's traceback would keep the ring
         self._pool.shutdown(wait=False)
-
-    def _start(self, engine: _Engine) -> None:
-        try:
-            engine.client.start_weight_update()
-        except (ValueError, RuntimeError):  # vLLM refuses while a session is open
-            self._abandon(engine, "another update begins")
-            engine.client.start_weight_update()
 
     def _on_all(self, call: Callable[[_Engine], None]) -> None:
         taking_part = [engine for engine in self._engines if engine.error is None]
@@ -130,13 +129,7 @@ class Engines:
             engine.error = _error_of(answer.exception())
             if engine.error is not None:
                 engine.base, engine.introduced = None, False
-                self._abandon(engine, str(engine.error))
         self._raise_if_none_left()
-
-    def _abandon(self, engine: _Engine, reason: str) -> None:
-        """Tell an engine; it answers with an error whatever it is told, which ends its session."""
-        with suppress(ValueError, RuntimeError, OSError):
-            engine.client.update_weights({"publisher": self._publisher, "abandon": reason})
 
     def _raise_if_none_left(self) -> None:
         errors = [engine.error for engine in self._engines]

@@ -4,10 +4,6 @@
 After any of them the engine holds the version that it proved last, or serves nothing.
 """
 
-# What an engine says must be known by its words: vLLM's workers pass on the text of an error alone.
-SEND_FULL = "send a full update"  # in a BaseMismatchError
-NOTHING_TO_SERVE = "nothing can be served"  # in an UpdateAbandonedError: no version is held whole
-
 
 class ManifestError(ValueError):
     """A manifest is malformed, or does not fit the engine's model or its last version."""
@@ -33,8 +29,8 @@ class EnginesError(RuntimeError):
     """No engine took an update; what each of several answered."""
 
 
-class UpdateAbandonedError(ValueError):
-    """The trainer gave an update up; the text says what the engine holds now."""
+class UpdateRefusedError(ValueError):
+    """An engine refused an update; the text has the error of its worker, by name."""
 
 
 class UnsupportedAttentionError(ValueError):

@@ -15,14 +15,19 @@ undoing fails, ``failure`` says why until a good update lands; whoever drives th
 nothing while it is set. Prefix-cache reset needs the scheduler and is done by the engine process
 after the commit.
 
+What a worker cannot take it refuses without raising: ``report`` says why, and whoever drives the
+engine asks for it after every call (``engine_server.py``, ``vllm_engines.py``).
+
 A trainer that dies in the midst leaves an update that was applied and not committed: nothing is
 served until it is undone, by ``abandon`` or by the next publisher that introduces itself.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,18 +47,14 @@ from fp8rl.sync.engine_scales import (
     refuse_unsupported,
     scale_differences,
 )
-from fp8rl.sync.errors import (
-    NOTHING_TO_SERVE,
-    ManifestError,
-    NotIntroducedError,
-    PublisherError,
-    UpdateAbandonedError,
-)
+from fp8rl.sync.errors import ManifestError, NotIntroducedError, PublisherError
 from fp8rl.sync.inboxes import open_inbox
 from fp8rl.sync.manifest import parse_manifest
 from fp8rl.sync.staging import Staging
 from fp8rl.sync.transaction import Transaction, UpdateReport
 from fp8rl.sync.transport import Inbox, parse_introduction, parse_stage
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -92,7 +93,10 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         super().__init__(config, vllm_config, device, model)
         refuse_unsupported(model, vllm_config.compilation_config)
         self.weights = Transaction(model, self.model_config)
-        self.report: UpdateReport | None = None
+        self._committed: UpdateReport | None = None
+        self._refusal: str | None = None
+        self._session = False  # vLLM's, from start to finish
+        self._abandoned = False
         self._staging = Staging(self.weights.expected.values())
         self._staging_seconds = 0.0
         self._sleep_level: int | None = None
@@ -114,52 +118,76 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
             return f"the engine sleeps (level {self._sleep_level}); wake it up"
         return self.weights.failure
 
+    def report(self) -> dict[str, Any]:
+        """What this worker holds, and what it says of the last call, as JSON values.
+
+        refusal: why the last call, or one before it in this session, was refused; None if none was.
+        unready: why the update cannot be finished yet. session: whether vLLM's is open.
+        """
+        last = self._committed
+        return {
+            "backend": type(self).__name__,
+            "version": self.version,
+            "failure": self.failure,
+            "error": self.weights.last_error,
+            "refusal": self._refusal,
+            "unready": self.weights.unready,
+            "session": self._session,
+            "digest": last.digest if last else None,
+            "tensors_proven": last.tensors_proven if last else 0,
+            "kv_scales_proven": last.kv_scales_proven if last else 0,
+            "units_loaded": last.units_loaded if last else 0,
+            "seconds": dict(last.seconds) if last else {},
+        }
+
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Open a publisher's transport; it takes the place of the one before.
 
-        What that one left unfinished is undone. Raises ManifestError, TransportError.
+        What that one left unfinished is undone. Refused where the transport cannot be opened.
         """
-        introduction = parse_introduction(init_info.transport)
-        self.shutdown()
-        self._drop(f"publisher {init_info.publisher} took over")
-        self._inbox = open_inbox(introduction, self.parallel_config.rank)
-        self._publisher, self._keep_mirror = init_info.publisher, init_info.mirror
+        self._refusal = None
+        with self._refusing():
+            introduction = parse_introduction(init_info.transport)
+            self.shutdown()
+            self._drop(f"publisher {init_info.publisher} took over")
+            self._inbox = open_inbox(introduction, self.parallel_config.rank)
+            self._publisher, self._keep_mirror = init_info.publisher, init_info.mirror
 
     def start_weight_update(self) -> None:
         """Begin. The version held is served on until a manifest is applied.
 
-        Raises NotIntroducedError: no publisher has introduced itself.
+        Refused where no publisher has introduced itself.
         """
-        self._introduced()
-        self._drop("a new update began before it was finished")
+        self._session, self._refusal = True, None
+        with self._refusing():
+            self._introduced()
+            self._drop("a new update began before it was finished")
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """Take in a stage, or apply and prove a manifest, or give the update up.
 
-        Raises:
-            What ``Transaction.apply`` and ``Staging.receive`` raise. NotIntroducedError,
-            PublisherError: no publisher, or another, has introduced itself.
-            UpdateAbandonedError: the update was given up, as asked.
+        Refused for all that ``Transaction.apply`` and ``Staging.receive`` raise, and where another
+        publisher has introduced itself. After a refusal the rest of the session is refused too.
         """
-        self._check_publisher(update_info.publisher)
-        if update_info.stage is not None:
-            self._receive_stage(update_info.stage)
-        elif update_info.manifest is not None:
-            self._apply(update_info.manifest)
-        else:
-            reason = update_info.abandon or "an update_weights call without content"
-            self._drop(reason)
-            raise UpdateAbandonedError(f"the update was given up: {reason}; {self._standing()}")
+        if update_info.abandon is not None:
+            self._drop(update_info.abandon)
+            self._abandoned = True
+        elif self._refusal is None:
+            with self._refusing():
+                self._check_publisher(update_info.publisher)
+                self._take(update_info)
 
     def finish_weight_update(self) -> None:
-        """Commit the version that was applied and proven.
+        """Commit the version that was applied and proven; nothing after it was given up.
 
-        Raises ManifestError where no weights were applied, KVScaleError where scales are missing.
+        Raises ManifestError, KVScaleError where it is not complete; see ``unready`` before.
         """
-        self._stop_watching()
-        report = self.weights.commit(keep=self._keep_mirror)
-        seconds = {"stage": self._staging_seconds, **report.seconds}
-        self.report = replace(report, seconds=seconds)
+        if not self._abandoned:
+            self._stop_watching()
+            committed = self.weights.commit(keep=self._keep_mirror)
+            seconds = {"stage": self._staging_seconds, **committed.seconds}
+            self._committed = replace(committed, seconds=seconds)
+        self._session = self._abandoned = False
 
     def shutdown(self) -> None:
         """Let go of the transport; the weights stay."""
@@ -248,6 +276,21 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._sleep_level = None
         self.weights.restore_scales()
 
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Turn an error into a refusal, which whoever called asks for (``report``).
+
+        vLLM takes the answers of several workers in turn, and leaves the others' in its queues
+        when one has failed: every answer after that would be that of an older call.
+        """
+        try:
+            yield
+        except (ValueError, RuntimeError) as error:
+            self._refusal = f"{type(error).__name__}: {error}"
+            self._drop(self._refusal)
+            self.weights.last_error = self._refusal
+            logger.warning("fp8rl refused an update: %s", self._refusal)
+
     def _introduced(self) -> Inbox:
         """The open inbox; NotIntroducedError where there is none."""
         if self._inbox is None:
@@ -257,12 +300,6 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
             )
         return self._inbox
 
-    def _standing(self) -> str:
-        """Say whether the model can be served, in words that ``vllm_engines.py`` looks for."""
-        if self.weights.failure is not None:
-            return f"{NOTHING_TO_SERVE}: {self.weights.failure}"
-        return f"version {self.version} is held and proven"
-
     def _check_publisher(self, publisher: str) -> None:
         if self._publisher is not None and publisher != self._publisher:
             raise PublisherError(
@@ -270,33 +307,28 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
                 f"{self._publisher} now; one trainer publishes to an engine at a time"
             )
 
+    def _take(self, update_info: UpdateInfo) -> None:
+        if update_info.stage is not None:
+            self._receive_stage(update_info.stage)
+        elif update_info.manifest is not None:
+            manifest = parse_manifest(update_info.manifest)
+            payload = self._staging.take(manifest.payload_nbytes)
+            self.weights.apply(manifest, payload)
+        else:
+            raise ManifestError("update_weights came with neither a stage nor a manifest")
+
     def _receive_stage(self, raw: dict[str, Any]) -> None:
         stage = parse_stage(raw)
+        inbox = self._introduced()
         if stage.start == 0:
             self._staging_seconds = 0.0
         began = time.perf_counter()
         try:
-            self._staging.receive(stage, self._introduced())
-        except (ValueError, RuntimeError) as error:
-            self._fail(error)
+            self._staging.receive(stage, inbox)
+        except (ValueError, RuntimeError):
             self.shutdown()  # the trainer may wait in a broadcast, which this ends
             raise
         self._staging_seconds += time.perf_counter() - began
-
-    def _apply(self, raw: dict[str, Any]) -> None:
-        try:
-            manifest = parse_manifest(raw)
-            payload = self._staging.take(manifest.payload_nbytes)
-        except ValueError as error:
-            self._fail(error)
-            raise
-        self.weights.apply(manifest, payload)
-
-    def _fail(self, error: Exception) -> None:
-        """Give the update up for an error, and remember that."""
-        reason = f"{type(error).__name__}: {error}"
-        self._drop(reason)
-        self.weights.last_error = reason
 
     def _drop(self, reason: str) -> None:
         """Forget what came in of an update, and undo what was applied of it."""

@@ -18,7 +18,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fp8rl.quant import KVScaleError
 from fp8rl.sync.admission import admit_scales, admit_weights, shown, unpack
 from fp8rl.sync.engine_scales import scale_differences, write_scales
 from fp8rl.sync.engine_state import differences, expected_tensors, load, units
@@ -81,38 +80,43 @@ class Transaction:
         """The version that is applied and waits for its commit."""
         return self._update.manifest.version if self._update is not None else None
 
+    @property
+    def unready(self) -> str | None:
+        """Why the update cannot be committed as it is; None where it can."""
+        if self._update is None:
+            return "ManifestError: no complete update was applied; finish comes after a manifest"
+        if self._update.scales is None:
+            missing = [name for name in self.expected if is_kv_scale(name)]
+            return (
+                f"KVScaleError: version {self._update.manifest.version}: its KV scales were to "
+                f"follow and never came: {shown(missing)}"
+            )
+        return None
+
     def apply(self, manifest: Manifest, payload: Tensor) -> None:
         """Apply and prove one manifest, of weights or of the scales that follow them.
+
+        Whoever called undoes it after an error.
 
         Raises:
             ManifestError, BaseMismatchError, KVScaleError, DeltaError, CorruptTensorError: it does
                 not fit, or its bytes are damaged; nothing of it was applied.
-            ReadBackError: the engine does not hold what was sent; it was undone if it could be.
+            ReadBackError: the engine does not hold what was sent.
         """
-        try:
-            if self._update is None:
-                self._apply_weights(manifest, payload)
-            else:
-                self._apply_scales(self._update, manifest, payload)
-        except (ValueError, RuntimeError) as error:
-            self.undo(f"{type(error).__name__}: {error}")
-            raise
+        if self._update is None:
+            self._apply_weights(manifest, payload)
+        else:
+            self._apply_scales(self._update, manifest, payload)
 
     def commit(self, *, keep: bool) -> UpdateReport:
         """Let the update count, and keep its bytes if ``keep``.
 
-        Raises ManifestError where no weights were applied, KVScaleError where scales are missing.
+        Raises ManifestError where there is none that is complete.
         """
-        update = self._update
-        if update is None:
-            raise ManifestError("finish_weight_update came before a complete update")
+        update, problem = self._update, self.unready
+        if update is None or update.scales is None:
+            raise ManifestError(f"nothing can be committed: {problem}")
         version = update.manifest.version
-        if update.scales is None:
-            missing = [name for name in self.expected if is_kv_scale(name)]
-            self.undo(f"the KV scales of version {version} were to follow and never came")
-            raise KVScaleError(
-                f"version {version}: its KV scales were to follow and never came: {shown(missing)}"
-            )
         held = Mirror.of(update.manifest, self.held, update.changed, update.scales, keep=keep)
         self.held, self._update = held, None
         self.failure = self.last_error = None

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fp8rl.quant import KVScaleError, KVScales, QuantizedTensor
 from fp8rl.sync.engines import Engines
-from fp8rl.sync.errors import SEND_FULL, SourceError
+from fp8rl.sync.errors import BaseMismatchError, SourceError
 from fp8rl.sync.ledger import Ledger
 from fp8rl.sync.manifest import Base, KVProvenance, Manifest, state_digest
 from fp8rl.sync.transport import Outbox
@@ -82,7 +82,7 @@ class Update:
         try:
             self._send_manifest(provenance)
         except (ValueError, RuntimeError) as error:
-            if self.base is None or SEND_FULL not in str(error):
+            if self.base is None or BaseMismatchError.__name__ not in str(error):
                 raise
             self._send_whole(measured)
             self._send_manifest(provenance)

@@ -2,18 +2,16 @@
 
 Both add to vLLM's four calls what makes an update safe to serve:
 
+    after every call    ask every worker whether it refused (``worker_extension.py``)
     before a manifest   pause: requests in flight are kept, new ones wait
     at the end          drop the KV cache, also that of requests in flight; commit; label; resume
-    after a failure     resume if the engine has proven the version before it, else stay paused
+    after a failure     resume if every worker has proven the version before it, else stay paused
 
-After a failure the engine is asked what it holds: an update that is begun and given up at once is
-answered with what can be served (``UpdateAbandonedError``). One that was just started holds random
-weights, so it is paused until the first version lands.
-
-Start vLLM with ``weight_transfer_config={"backend": "fp8rl"}`` and ``load_format="dummy"``; the
-server also with ``VLLM_SERVER_DEV_MODE=1``, which opens its update routes to everybody who reaches
-its port: vLLM asks for the token on ``/v1`` alone. Let it listen on loopback, or behind something
-that asks.
+An engine that was just started holds random weights, so it is paused until the first version lands.
+Start vLLM with ``load_format="dummy"``, ``weight_transfer_config={"backend": "fp8rl"}`` and
+``worker_extension_cls="fp8rl.sync.worker_extension.WorkerExtension"``; the server also with
+``VLLM_SERVER_DEV_MODE=1``, which opens its update routes to everybody who reaches its port: vLLM
+asks for the token on ``/v1`` alone. Let it listen on loopback, or behind something that asks.
 """
 
 from __future__ import annotations
@@ -23,88 +21,91 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from fp8rl.sync.errors import NOTHING_TO_SERVE, EngineCallError
+from fp8rl.sync.errors import EngineCallError, UpdateRefusedError
+from fp8rl.sync.worker_extension import EXTENSION
 
 if TYPE_CHECKING:
     from vllm import LLM
 
 TIMEOUT_SECONDS = 600.0
-UNLABELLED = "default"  # vLLM's weight version before the first update
 
 
 class _PausedEngine:
-    """What both have in common: when to pause, to settle and to resume."""
+    """What both have in common: when to ask, to pause and to resume."""
 
     def __init__(self) -> None:
         self._publisher = ""
-        self._paused = False
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Introduce a publisher; until the engine has proven a version it is paused."""
         self._publisher = str(init_info["publisher"])
         self._call("init_weight_transfer_engine", {"init_info": init_info})
-        if self.weight_version() == UNLABELLED and not self._paused:
-            self._pause()
-            self._paused = True
+        if any(worker["session"] for worker in self._reports()):
+            self._end_session("another publisher took over")
+        self._settle()
+        self._raise_refusal()
 
     def start_weight_update(self) -> None:
         """Begin an update; what is held is served on."""
         self._call("start_weight_update", {})
+        self._end_if_refused()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Take in a stage; or pause, apply and prove a manifest."""
-        if "manifest" in update_info and not self._paused:
-            self._pause()
-            self._paused = True
-        try:
-            self._call("update_weights", {"update_info": update_info})
-        except EngineCallError:
+        """Take in a stage; or pause, apply and prove a manifest; or give the update up."""
+        if "abandon" in update_info:
+            self._end_session(update_info["abandon"])
             self._settle()
-            raise
+            return
+        if "manifest" in update_info:
+            self._pause()
+        self._call("update_weights", {"update_info": update_info})
+        self._end_if_refused()
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Drop the KV cache of the old weights, commit, label and resume."""
-        try:
-            self._drop_cache()
-            self._call("finish_weight_update", {"weight_version": weight_version})
-        except EngineCallError:
-            self._settle()
-            raise
-        self._resume()
-        self._paused = False
+        self._end_if_refused("unready")
+        self._drop_cache()
+        self._call("finish_weight_update", {"weight_version": weight_version})
+        self._settle()
 
-    def weight_version(self) -> str:
-        """The version that the engine says it serves."""
-        return UNLABELLED
+    def _end_if_refused(self, problem: str = "refusal") -> None:
+        """End the update in every worker where one of them refused it, and raise that."""
+        for worker in self._reports():
+            if worker[problem] is not None:
+                self._end_session(worker[problem])
+                self._settle()
+                raise UpdateRefusedError(worker[problem])
+
+    def _raise_refusal(self) -> None:
+        for worker in self._reports():
+            if worker["refusal"] is not None:
+                raise UpdateRefusedError(worker["refusal"])
+
+    def _end_session(self, reason: str) -> None:
+        """Have every worker undo what it applied, and end vLLM's session."""
+        if not any(worker["session"] for worker in self._reports()):
+            return
+        info = {"publisher": self._publisher, "abandon": reason}
+        self._call("update_weights", {"update_info": info})
+        self._call("finish_weight_update", {"weight_version": None})
 
     def _settle(self) -> None:
-        """Resume where a version is proven to be held; pause where none is."""
-        standing = self._standing()
-        if NOTHING_TO_SERVE in standing and not self._paused:
-            self._pause()
-        elif NOTHING_TO_SERVE not in standing and self._paused:
+        """Serve where every worker has proven what it holds; else pause."""
+        if all(worker["failure"] is None for worker in self._reports()):
             self._resume()
-        self._paused = NOTHING_TO_SERVE in standing
+        else:
+            self._pause()
 
-    def _standing(self) -> str:
-        """What the engine answers to an update that is given up."""
-        abandon = {"publisher": self._publisher, "abandon": "asking what is held"}
-        for method, body in (
-            ("start_weight_update", {}),
-            ("update_weights", {"update_info": abandon}),
-        ):
-            try:
-                self._call(method, body)
-            except EngineCallError as error:
-                answer = str(error)
-        return answer
+    def _reports(self) -> list[dict[str, Any]]:
+        """What each worker holds, and says of the last call."""
+        return []
 
     def _call(self, method: str, body: Mapping[str, Any]) -> None:
         """Make one of vLLM's calls; raises EngineCallError with what it answered."""
         raise EngineCallError(f"{type(self).__name__} cannot {method}")
 
     def _pause(self) -> None:
-        """Serve nothing from here on, and keep what is in flight."""
+        """Serve nothing from here on, and keep what is in flight; again changes nothing."""
 
     def _resume(self) -> None:
         """Serve again."""
@@ -147,6 +148,17 @@ class HTTPEngine(_PausedEngine):
 
     def _call(self, method: str, body: Mapping[str, Any]) -> None:
         self._request("POST", method, json=dict(body) or None)
+
+    def _reports(self) -> list[dict[str, Any]]:
+        try:
+            answer = self._request("POST", "collective_rpc", json={"method": "fp8rl_report"})
+        except EngineCallError as error:
+            raise EngineCallError(
+                f"the workers cannot be asked what they hold; start the server with "
+                f"--worker-extension-cls {EXTENSION}: {error}"
+            ) from error
+        reports: list[dict[str, Any]] = answer["results"]
+        return reports
 
     def _pause(self) -> None:
         self._request("POST", "pause", params={"mode": "keep"})
@@ -197,12 +209,19 @@ class InProcessEngine(_PausedEngine):
         except (ValueError, RuntimeError) as error:
             raise EngineCallError(f"{type(error).__name__}: {error}") from error
 
-    def weight_version(self) -> str:
-        """The version that the engine says it serves."""
-        return str(self._llm.get_weight_version())
+    def _reports(self) -> list[dict[str, Any]]:
+        try:
+            reports: list[dict[str, Any]] = self._llm.collective_rpc("fp8rl_report")
+        except AttributeError as error:
+            raise EngineCallError(
+                f"the workers cannot be asked what they hold; start the LLM with "
+                f"worker_extension_cls={EXTENSION!r}: {error}"
+            ) from error
+        return reports
 
     def _pause(self) -> None:
-        self.failure = "an update is under way, or failed and could not be undone; publish"
+        failures = [worker["failure"] for worker in self._reports()]
+        self.failure = next(filter(None, failures), "an update is under way")
 
     def _resume(self) -> None:
         self.failure = None

@@ -40,6 +40,7 @@ class Server:
             "max-num-seqs": 8,
             "load-format": "dummy",
             "logprobs-mode": "processed_logprobs",
+            "worker-extension-cls": "fp8rl.sync.worker_extension.WorkerExtension",
             "weight-transfer-config": json.dumps({"backend": "fp8rl"}),
         }
         module = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
