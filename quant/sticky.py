@@ -12,6 +12,8 @@ it has settled: applied to its own result it gives it again.
 Why: an amax that wavers around 448 * 2^k doubles and halves the fresh scale, and with it every code
 of the block changes (16384 of them, where a step of training changes some forty). With sticky
 scales it must halve for that, so a delta between two versions holds what training changed alone.
+Such blocks are few: updates of mean size u carry one block in amax ln 2 / u over an edge, one in
+10^5 for N(0, 0.02) weights at learning rate 1e-6, which adds half a percent to what changes.
 
 Cost: a block at 2 f loses one binade at the bottom; everywhere else a code has its three bits of
 mantissa as before. With every block at 2 f, the relative RMS error of Gaussian weights is 2.65 % as

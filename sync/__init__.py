@@ -27,13 +27,15 @@ from fp8rl.sync.errors import (
 )
 from fp8rl.sync.file_follower import FileFollower
 from fp8rl.sync.files import Files
+from fp8rl.sync.local_shard import LocalShard
 from fp8rl.sync.megatron import MegatronSource
 from fp8rl.sync.megatron_load import load_hf_checkpoint
 from fp8rl.sync.publisher import Publisher, SyncReport
 from fp8rl.sync.qkv_hugging_face import HuggingFaceQKV
 from fp8rl.sync.qkv_megatron import MegatronQKV
 from fp8rl.sync.qkv_source import QKVSource, QKVWatch
-from fp8rl.sync.source import IterableSource, TensorMeta, WeightSource
+from fp8rl.sync.sharded_source import ShardedSource
+from fp8rl.sync.source import IterableSource, TensorMeta, WeightSource, encoded
 from fp8rl.sync.transports import Broadcast, SharedMemory
 from fp8rl.sync.vllm_engines import HTTPEngine, InProcessEngine
 
@@ -50,6 +52,7 @@ __all__ = [
     "HuggingFaceQKV",
     "InProcessEngine",
     "IterableSource",
+    "LocalShard",
     "ManifestError",
     "MegatronQKV",
     "MegatronSource",
@@ -60,6 +63,7 @@ __all__ = [
     "QKVWatch",
     "ReadBackError",
     "SegmentError",
+    "ShardedSource",
     "SharedMemory",
     "SourceError",
     "SyncClient",
@@ -69,5 +73,6 @@ __all__ = [
     "UnsupportedAttentionError",
     "UpdateRefusedError",
     "WeightSource",
+    "encoded",
     "load_hf_checkpoint",
 ]

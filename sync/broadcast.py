@@ -1,7 +1,10 @@
 """The transport over a network: ``torch.distributed`` broadcasts, Gloo or NCCL.
 
     rank 0           the trainer rank that publishes
-    ranks 1 .. n     every worker of every engine, engine by engine
+    ranks 1 .. n     every worker of every engine that has come, engine by engine
+
+They meet at a store of the trainer's: workers write themselves in; once every engine is there, or
+has said that it does not come, the trainer writes down who is in, and these make the group.
 
 The group is its own: it needs no default group and joins none, so trainer and engines keep theirs.
 A stage is announced to all engines and broadcast at the same time; an engine that refuses is heard
@@ -9,7 +12,7 @@ at once, and the group, in which others may be waiting, is given up; the next pu
 Bytes are sent once by rank 0, whatever the number of engines. Over NCCL they pass through device
 memory, one stage at a time.
 
-Left out: engines that join or leave between two publishes; make a new ``Publisher`` for that.
+Left out: going on without an engine that dies within a stage; the publish fails, the next is good.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any, Literal
@@ -32,6 +36,7 @@ from fp8rl.sync.slot_outbox import SLOTS, SlotOutbox
 from fp8rl.sync.transport import BroadcastIntroduction, Send, Stage
 
 POLL_SECONDS = 0.001
+ROSTER = "fp8rl/roster"  # the workers that are in: their ranks, a space between them
 
 
 class BroadcastOutbox(SlotOutbox):
@@ -47,7 +52,9 @@ class BroadcastOutbox(SlotOutbox):
     ) -> None:
         """``workers``: of each engine. ``host``: this host, as the engines reach it."""
         super().__init__(largest_payload)
-        self._workers, self._backend, self._host = workers, backend, host
+        firsts = [1 + sum(workers[:i]) for i in range(len(workers))]
+        self._workers = [range(first, first + n) for first, n in zip(firsts, workers, strict=True)]
+        self._backend, self._host = backend, host
         self._timeout = timeout_seconds
         self._slots = torch.empty((SLOTS, self.slot_bytes), dtype=torch.uint8)
         self._announcer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fp8rl-announce")
@@ -67,26 +74,40 @@ class BroadcastOutbox(SlotOutbox):
                 timeout=timedelta(seconds=self._timeout),
                 master_listen_fd=listener.detach(),
             )
-        first, found = 1, []
-        for workers in self._workers:
-            found.append(
-                BroadcastIntroduction(
-                    backend=self._backend,
-                    host=self._host,
-                    port=port,
-                    first_rank=first,
-                    world_size=1 + sum(self._workers),
-                    timeout_seconds=self._timeout,
-                ).model_dump()
-            )
-            first += workers
-        return found
+        return [
+            BroadcastIntroduction(
+                backend=self._backend,
+                host=self._host,
+                port=port,
+                first_rank=workers.start,
+                timeout_seconds=self._timeout,
+            ).model_dump()
+            for workers in self._workers
+        ]
 
-    def connect(self) -> None:
-        """Wait until every worker has joined; raises TransportError where one does not."""
+    def connect(self, answers: Sequence[Future[None]] = ()) -> None:
+        """Make the group of the engines that have come; see ``Outbox``.
+
+        Raises TransportError where one neither comes nor says that it does not.
+        """
         assert self._store is not None  # introductions come first
-        size = 1 + sum(self._workers)
-        self._group = _Group(self._backend, self._store, 0, size, self._host, self._timeout)
+        deadline = time.monotonic() + self._timeout
+        while late := self._late(answers):
+            if time.monotonic() > deadline:
+                self._store.set(ROSTER, "")
+                raise TransportError(
+                    f"not everybody joined within {self._timeout} s: engine(s) {late} did not come"
+                )
+            time.sleep(POLL_SECONDS)
+        roster = [
+            rank
+            for i, workers in enumerate(self._workers)
+            if not _refused(answers, i)
+            for rank in workers
+        ]
+        self._store.set(ROSTER, " ".join(map(str, roster)))
+        if roster:
+            self._group = _Group(self._backend, self._store, 0, roster, self._host, self._timeout)
 
     def slot(self, number: int) -> UInt8[Tensor, " slot_bytes"]:
         """The memory of a slot."""
@@ -109,6 +130,16 @@ class BroadcastOutbox(SlotOutbox):
             self._group = None
         answer.result()
 
+    def _late(self, answers: Sequence[Future[None]]) -> list[int]:
+        """The engines that have neither come nor said that they do not."""
+        assert self._store is not None
+        return [
+            i
+            for i, workers in enumerate(self._workers)
+            if not _refused(answers, i)
+            and not self._store.check([_joined(rank) for rank in workers])
+        ]
+
     def close(self) -> None:
         """Leave the group."""
         super().close()
@@ -121,7 +152,7 @@ class BroadcastInbox:
 
     def __init__(self, introduction: BroadcastIntroduction, worker: int) -> None:
         """Join; raises TransportError where the trainer, or another worker, is not there."""
-        timeout = introduction.timeout_seconds
+        timeout, rank = introduction.timeout_seconds, introduction.first_rank + worker
         try:
             store = TCPStore(
                 introduction.host,
@@ -129,13 +160,14 @@ class BroadcastInbox:
                 is_master=False,
                 timeout=timedelta(seconds=timeout),
             )
+            store.set(_joined(rank), "")
+            roster = [int(one) for one in store.get(ROSTER).split()]
         except (RuntimeError, ValueError) as error:
             place = f"{introduction.host}:{introduction.port}"
             raise TransportError(f"the trainer cannot be met at {place}: {error}") from error
-        rank = introduction.first_rank + worker
-        self._group = _Group(
-            introduction.backend, store, rank, introduction.world_size, introduction.host, timeout
-        )
+        if rank not in roster:
+            raise TransportError(f"the trainer did not wait for rank {rank}; it has {roster}")
+        self._group = _Group(introduction.backend, store, rank, roster, introduction.host, timeout)
 
     def fetch(self, stage: Stage, out: UInt8[Tensor, " n"]) -> None:
         """Take part in the broadcast of a stage."""
@@ -147,11 +179,19 @@ class BroadcastInbox:
 
 
 class _Group:
-    """A process group outside of the default one, whose rank 0 broadcasts."""
+    """A process group outside of the default one, whose rank 0 broadcasts to those in a roster."""
 
     def __init__(
-        self, backend: str, store: Store, rank: int, size: int, host: str, timeout: float
+        self,
+        backend: str,
+        store: Store,
+        rank: int,
+        roster: Sequence[int],
+        host: str,
+        timeout: float,
     ) -> None:
+        everybody = [0, *roster]
+        rank, size = everybody.index(rank), len(everybody)
         self._cuda = backend == "nccl"
         self._timeout = timeout
         limit = timedelta(seconds=timeout)
@@ -206,6 +246,17 @@ def _wait(work: Any, answer: Future[None] | None, deadline: float) -> bool:
         time.sleep(POLL_SECONDS)
     work.wait()
     return True
+
+
+def _joined(rank: int) -> str:
+    """What a worker writes itself in with."""
+    return f"fp8rl/joined/{rank}"
+
+
+def _refused(answers: Sequence[Future[None]], engine: int) -> bool:
+    if engine >= len(answers) or not answers[engine].done():
+        return False
+    return answers[engine].exception() is not None
 
 
 def _from_rank_0() -> dist.BroadcastOptions:

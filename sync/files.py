@@ -11,7 +11,8 @@ Scales cannot follow, since nobody measures between the two: measure them in the
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from typing import IO, Any
 
 import torch
@@ -22,7 +23,7 @@ from fp8rl.quant import KVScaleError
 from fp8rl.sync.errors import ManifestError, TransportError
 from fp8rl.sync.file_store import FileStore, payload_name
 from fp8rl.sync.manifest import Manifest, parse_manifest
-from fp8rl.sync.transport import STAGE_BYTES, FilesIntroduction, Outbox, Send, Stage
+from fp8rl.sync.transport import STAGE_BYTES, FilesIntroduction, Outbox, Send, Stage, Start
 
 
 class Files:
@@ -98,11 +99,11 @@ class FilesOutbox:
         """Nothing to tell but the kind; a follower introduces the store to its engine."""
         return [FilesIntroduction(url="").model_dump()]
 
-    def connect(self) -> None:
+    def connect(self, answers: Sequence[Future[None]] = ()) -> None:
         """Nobody to meet."""
 
-    def begin(self, nbytes: int, send: Send) -> None:
-        """Begin a payload; see ``Outbox``."""
+    def begin(self, nbytes: int, send: Send, start: Start | None = None) -> None:
+        """Begin a payload; see ``Outbox``. Its one stage is announced, and so begun, at the end."""
         self.abandon()
         self._file = tempfile.TemporaryFile()  # noqa: SIM115
         self._send, self._nbytes = send, nbytes

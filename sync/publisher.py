@@ -93,7 +93,7 @@ class Publisher:
             raise BaseMismatchError("deltas=True needs mirror=True: what would they be applied to?")
         if full_every is not None and full_every < 1:
             raise BaseMismatchError(f"full_every is {full_every}; every how many versions, from 1?")
-        self._plan, self._fp32_as, self._mirror = plan, fp32_as, mirror
+        self._plan, self._fp32_as = plan, fp32_as
         self._full_every, self._since_full = full_every, 0
         self._layout = Layout(plan, kv_layers)
         self._parameters = sum(math.prod(entry.shape) for entry in plan.entries)
@@ -107,8 +107,8 @@ class Publisher:
             self._ledger = Ledger(self._layout.weights.values())
         largest = self._layout.payload_nbytes(scales=True)
         self._outbox: Outbox = (transport or SharedMemory()).open(largest, len(clients))
-        self._engines = Engines(clients, uuid.uuid4().hex)
-        self._engines.introduce(self._outbox, mirror=mirror)
+        self._engines = Engines(clients, uuid.uuid4().hex, self._outbox, mirror=mirror)
+        self._engines.introduce()
 
     def __enter__(self) -> Publisher:
         """Return self."""
@@ -171,7 +171,7 @@ class Publisher:
     ) -> SyncReport:
         """Publish, on a rank that has clients."""
         check_scales(kv_scales, version, self._layout)
-        engines.introduce(self._outbox, mirror=self._mirror)
+        engines.introduce()
         base = self._ledger_base if self._ledger_base == engines.common_base() else None
         if self._full_every is not None and self._since_full >= self._full_every:
             base = None

@@ -8,9 +8,9 @@ of the whole (``quant/sharded.py``): what arrives equals gathering first and qua
 for bit, for half the bytes. Each part goes from the rank that holds it to each destination, point
 to point; nothing is gathered elsewhere or passed along a pipeline.
 
-The work goes in buckets of consecutive tensors (``shard_pass.py``), so that a rank needs no more
-than one on top of the model. Every rank passes through all buckets in step, and what stops one of
-them stops all, at once.
+The work goes in buckets of consecutive tensors (``shard_pass.py``), so that a rank needs about one
+on top of the model: its parts as FP8, and again in the message. Every rank passes through all
+buckets in step, and what stops one of them stops all, at once.
 
 Left out: tensors of which a rank holds two boxes; flat parts (FSDP1, a distributed optimizer's).
 Buckets do not overlap: while a destination uses one, the others quantize the next and wait.

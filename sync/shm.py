@@ -9,6 +9,8 @@ it open. Engine and trainer run on one host, as one user, in one PID namespace.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from jaxtyping import UInt8
@@ -34,7 +36,7 @@ class ShmOutbox(SlotOutbox):
         introduction = ShmIntroduction(path=segment.path, nbytes=segment.nbytes)
         return [introduction.model_dump()] * self._engines
 
-    def connect(self) -> None:
+    def connect(self, answers: Sequence[Future[None]] = ()) -> None:
         """Nothing to meet: engines open the segment by its path."""
 
     def slot(self, number: int) -> UInt8[Tensor, " slot_bytes"]:

@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from fp8rl.sync.errors import TransportError
-from fp8rl.sync.transport import STAGE_BYTES, Send, Stage
+from fp8rl.sync.transport import STAGE_BYTES, Send, Stage, Start
 
 SLOTS = 2
 
@@ -29,6 +29,7 @@ class SlotOutbox:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fp8rl-outbox")
         self._carried: list[Future[None]] = []  # by stage
         self._send: Send | None = None
+        self._start_update: Start | None = None
         self._total = self._start = self._filled = 0
 
     def slot(self, number: int) -> UInt8[Tensor, " slot_bytes"]:
@@ -39,10 +40,10 @@ class SlotOutbox:
         """Bring a stage, whose bytes are ``data``, to every engine."""
         send({"stage": stage.model_dump()})
 
-    def begin(self, nbytes: int, send: Send) -> None:
+    def begin(self, nbytes: int, send: Send, start: Start | None = None) -> None:
         """Begin a payload; see ``Outbox``."""
         self.abandon()
-        self._send, self._total = send, nbytes
+        self._send, self._start_update, self._total = send, start, nbytes
 
     def write(self, data: UInt8[Tensor, " n"]) -> None:
         """Copy bytes into slots, and have every slot carried that is full."""
@@ -71,7 +72,7 @@ class SlotOutbox:
         for carried in self._carried:
             if not carried.cancel():
                 carried.exception()
-        self._carried, self._send = [], None
+        self._carried, self._send, self._start_update = [], None, None
         self._total = self._start = self._filled = 0
 
     def close(self) -> None:
@@ -88,6 +89,8 @@ class SlotOutbox:
     def _dispatch(self) -> None:
         if self._send is None:
             raise TransportError("bytes were written before a payload was begun")
+        if self._start_update is not None and not self._carried:
+            self._start_update()
         number = len(self._carried) % SLOTS
         stage = Stage(
             start=self._start,

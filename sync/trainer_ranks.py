@@ -9,13 +9,15 @@ failed always meets the others in one of the same size. Only then are reasons ga
 rank raises: the one that broke its own error, the others a ``SourceError`` that quotes it, all of
 them the same ``NonFiniteWeightError`` where a value was NaN or Inf.
 
-Where the trainer's group has Gloo, its ranks talk in a Gloo group of their own: when one ends, only
-its neighbours in a collective notice, and they make it known by leaving that group, which breaks
-the connections of the rest. (The trainer's own group is left alone.) Weights on GPUs go through the
-trainer's group, where it has NCCL. A process without torch.distributed talks to nobody.
+Where the trainer is all ranks of torch.distributed and has Gloo, it talks in a Gloo group of its
+own: when a rank ends, only its neighbours in a collective notice, and they make it known by leaving
+that group, which breaks the connections of the rest. (The trainer's own group is left alone.)
+Weights on GPUs go through the trainer's group, where it has NCCL. A process without
+torch.distributed talks to nobody.
 
-Left out: a rank that is alive and silent, and one that ends within an NCCL message. Those are for
-the group's timeout.
+Left out: a rank that is alive and silent, one that ends within an NCCL message, and in a trainer of
+some ranks one that ends and is no neighbour. Those are for the timeout of the group: torch's
+default in our own, for it cannot be asked for the trainer's.
 """
 
 from __future__ import annotations
@@ -205,18 +207,17 @@ class TrainerRanks:
 
 
 def _talking_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """A Gloo group of the same ranks, one for each trainer group; that itself if it has no Gloo."""
+    """A Gloo group of our own, one for each trainer group; that itself where there can be none."""
     assert group is not None
-    if "gloo" not in dist.get_backend_config(group):
+    # A group of some ranks has a name of its own only by how many groups each has seen, and ranks
+    # of a trainer have seen different numbers of them.
+    whole = dist.get_world_size(group) == dist.get_world_size()
+    if "gloo" not in dist.get_backend_config(group) or not whole:
         return group
     own = _OWN_GROUPS.get(group)
     if own is None:
-        ranks = dist.get_process_group_ranks(group)
-        # torch names a group made without the others after how many groups this process has, and
-        # ranks of a trainer have different numbers of them; with all ranks it counts otherwise
-        alone = len(ranks) < dist.get_world_size()
-        own = dist.new_group(ranks, backend="gloo", use_local_synchronization=alone)
-        assert own is not None  # this process is among the ranks
+        own = dist.new_group(backend="gloo")
+        assert own is not None  # all ranks are in it
         _OWN_GROUPS[group] = own
     return own
 

@@ -16,7 +16,8 @@ is applied before the manifest has come and fits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 from jaxtyping import UInt8
@@ -38,6 +39,7 @@ from fp8rl.sync.manifest import told
 STAGE_BYTES = 64 * 2**20  # of one stage at most; two are under way at once
 
 Send = Callable[[dict[str, Any]], None]
+Start = Callable[[], None]
 
 
 @runtime_checkable
@@ -48,12 +50,18 @@ class Outbox(Protocol):
         """What the workers of each engine must know to open their inbox, as JSON values."""
         ...
 
-    def connect(self) -> None:
-        """Meet the engines, which open their inboxes meanwhile; returns when all are there."""
+    def connect(self, answers: Sequence[Future[None]] = ()) -> None:
+        """Meet the engines, which open their inboxes meanwhile; returns when all are there.
+
+        answers: of the engines; one whose answer is an error does not come.
+        """
         ...
 
-    def begin(self, nbytes: int, send: Send) -> None:
-        """Begin a payload of ``nbytes``; ``send`` announces a stage to all engines and waits."""
+    def begin(self, nbytes: int, send: Send, start: Start | None = None) -> None:
+        """Begin a payload of ``nbytes``; ``send`` announces a stage to all engines and waits.
+
+        ``start`` is called before the first stage is sent: in it, who takes part may change.
+        """
         ...
 
     def write(self, data: UInt8[Tensor, " n"]) -> None:
@@ -113,9 +121,9 @@ class ShmIntroduction(BaseModel):
 
 
 class BroadcastIntroduction(BaseModel):
-    """A process group of the trainer's sender (rank 0) and all workers of all engines.
+    """A process group of the trainer's sender (rank 0) and the workers of all engines that come.
 
-    host, port: where they meet. first_rank: of this engine's workers. world_size: ranks in all.
+    host, port: where they meet. first_rank: of this engine's workers, if all come.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -125,7 +133,6 @@ class BroadcastIntroduction(BaseModel):
     host: str
     port: PositiveInt
     first_rank: PositiveInt
-    world_size: PositiveInt
     timeout_seconds: PositiveFloat
 
 

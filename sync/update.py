@@ -111,13 +111,17 @@ class Update:
             refuse_missing(self._version, self._layout.scales, self.records)
 
     def _begin(self, nbytes: int) -> None:
-        self._outbox.begin(nbytes, self._announce)
+        self._outbox.begin(nbytes, self._announce, self._start)
 
-    def _announce(self, content: dict[str, Any]) -> None:
-        """Send a stage or a manifest; the first one begins the update."""
+    def _start(self) -> None:
+        """Begin the update on all engines, unless it is begun."""
         if not self._started:
             self._started = True
             self._engines.start()
+
+    def _announce(self, content: dict[str, Any]) -> None:
+        """Send a stage or a manifest."""
+        self._start()
         self._engines.update(content)
 
     def _send_whole(self, scales: KVScales | None) -> None:

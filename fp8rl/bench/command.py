@@ -190,7 +190,7 @@ def density(
     ] = None,
     steps: Annotated[
         int, typer.Option(min=0, help="Steps of the loop at each learning rate; 0 leaves it out.")
-    ] = 8,
+    ] = 6,
     as_json: Annotated[
         bool,
         typer.Option("--json", help="End with the result as one JSON object on the last line."),

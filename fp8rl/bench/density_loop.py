@@ -33,7 +33,7 @@ from fp8rl.quant import QuantPlan
 from fp8rl.session import Session, engine_settings, open_session
 from fp8rl.trainer import MegatronTrainer
 
-SETTLING = 25  # steps; the longer of Adam's memories is 20
+SETTLING = 20  # steps, as long as the longer of Adam's memories
 MASTER = "master/"  # masters in the trainer's state
 QUANTIZED = ("attention", "MLP")
 

@@ -55,12 +55,12 @@ def save_picture(result: BenchResult, path: Path) -> None:
     panels = [_draw_density, _draw_deltas, _draw_begun, *([_draw_kinds] if loop else [])]
     with matplotlib.rc_context(STYLE):
         height = 2 * ((len(panels) + 1) // 2)
-        figure = Figure(figsize=(12, 2.4 * height), layout="constrained")
+        figure = Figure(figsize=(12, 2.8 * height), layout="constrained")
         figure.suptitle("What one optimizer step changes of a model", fontweight="bold")
-        axes = figure.subplots(height // 2, 2).flat
-        for draw, place in zip(panels, axes, strict=False):
+        places = list(figure.subplots(height // 2, 2).flat)
+        for draw, place in zip(panels, places, strict=False):
             draw(place, result.rows)
-        for place in list(axes)[len(panels) :]:
+        for place in places[len(panels) :]:
             place.remove()
         figure.savefig(path, dpi=120)
 
@@ -129,15 +129,15 @@ def _draw_density(axes: Any, rows: Rows) -> None:
             axes.plot(rates, expected, "x", color="black", markersize=7)
     axes.plot([], [], "x", color="black", label="expected from the updates")
     axes.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="% changed in a step")
-    axes.set_title("How much changes: an eighth to a tenth in FP8")
-    axes.legend(fontsize=8)
+    axes.set_title("How much changes: about a tenth in FP8")
+    _legend(axes)
 
 
 def _draw_deltas(axes: Any, rows: Rows) -> None:
     """The encoded deltas as shares of the BF16 bytes, by rate, with the goal."""
     series = {f"N(0, {sigma:g})": each for sigma, each in _settled(rows).items()}
     if loop := _whole_loop(rows):
-        series["the loop, head and embedding in BF16"] = loop
+        series["the loop"] = loop
     for (name, each), style in zip(series.items(), ("-o", "--o", ":o"), strict=False):
         rates = [row["rate"] for row in each]
         for what, field in {"BF16": "bf16_delta", "FP8": "fp8_delta"}.items():
@@ -147,7 +147,7 @@ def _draw_deltas(axes: Any, rows: Rows) -> None:
     axes.axhline(100 / GOAL, color=VERMILION, linestyle=":", label="goal at N(0, 0.02), 1e-06")
     axes.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="% of the BF16 bytes")
     axes.set_title("What the encoded delta weighs")
-    axes.legend(fontsize=8)
+    _legend(axes)
 
 
 def _draw_begun(axes: Any, rows: Rows) -> None:
@@ -165,9 +165,10 @@ def _draw_begun(axes: Any, rows: Rows) -> None:
         settled = 100 * each[0][f"{field}_expected"]
         axes.axhline(settled, color=colour, linewidth=0.8, linestyle=":")
     axes.set(xscale="log", yscale="log", xlabel="step", ylabel="% changed in a step")
-    rate, sigma = begun[0]["rate"], begun[0]["sigma"]
-    axes.set_title(f"From a BF16 checkpoint: N(0, {sigma:g}), rate {rate:g}; dotted: settled")
-    axes.legend(fontsize=8)
+    where = f"N(0, {begun[0]['sigma']:g}), rate {begun[0]['rate']:g}"
+    axes.set_title(f"From a BF16 checkpoint: {where}")
+    axes.plot([], [], ":", color="black", linewidth=0.8, label="expected once settled")
+    _legend(axes)
 
 
 def _draw_kinds(axes: Any, rows: Rows) -> None:
@@ -196,4 +197,9 @@ def _draw_kinds(axes: Any, rows: Rows) -> None:
     axes.grid(axis="x", visible=False)
     axes.set(xlabel="learning rate", ylabel="% changed in a step")
     axes.set_title("The loop by kind: BF16 elements pale, FP8 codes full")
-    axes.legend(fontsize=8, ncols=3)
+    _legend(axes, columns=3)
+
+
+def _legend(axes: Any, columns: int = 2) -> None:
+    """Below, where it hides no line."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=columns, fontsize=8)

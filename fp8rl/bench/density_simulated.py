@@ -1,6 +1,6 @@
 """The density of change of Gaussian masters: where every number is known beforehand.
 
-Masters are N(0, sigma), fp32, a square of some millions. A step moves each by 0.3 to 1 times the learning rate,
+Masters are N(0, sigma), fp32, some millions. A step moves each by 0.3 to 1 times the learning rate,
 up or down, as Adam does where gradients are mostly noise. Two starts:
 
     settled       masters anywhere between the numbers that BF16 has; what density_theory.py expects

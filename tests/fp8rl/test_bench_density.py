@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fp8rl.bench import density as bench
 from fp8rl.bench.density_count import ALL, Counts, Held, by_kind, compare, kind_of
-from fp8rl.bench.density_loop import LoopStep, measure_loop
+from fp8rl.bench.density_loop import SETTLING, LoopStep, measure_loop
 from fp8rl.bench.density_report import print_result, save_picture
 from fp8rl.bench.density_simulated import measure_from_checkpoint, measure_settled
 from fp8rl.bench.density_theory import Expected, bf16_spacing, fp8_spacing
@@ -175,7 +175,7 @@ def test_the_loop_takes_the_steps_of_a_run_at_each_rate(tmp_path: Path) -> None:
     config = parse_config(TINY)
     steps = list(measure_loop(config, (1e-6, 1e-5), 2, tmp_path / "loop"))
     assert [s.rate for s in steps] == [1e-6, 1e-6, 1e-5, 1e-5]
-    assert len(RunDir.open(tmp_path / "loop").metrics()) == 25 + 4
+    assert len(RunDir.open(tmp_path / "loop").metrics()) == SETTLING + 4
     for step in steps:
         counts, expected = step.counts[ALL], step.expected[ALL]
         assert counts.codes == sum(step.counts[k].codes for k in ("attention", "MLP"))

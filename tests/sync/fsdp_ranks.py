@@ -263,13 +263,14 @@ def main(rank: int, folder: Path, ranks: int) -> None:
         world_size=ranks,
         timeout=datetime.timedelta(seconds=60),
     )
-    facts: dict[str, Any] = {"differences": {}, "placements": {}}
+    facts: dict[str, Any] = {"differences": {}, "placements": {}, "quantized": {}}
     for name, (family, lay_out, shape, dtype) in layouts(ranks).items():
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp")[: len(shape)])
         made = lay_out(model(family, dtype), mesh)
         source = FSDPSource(made)
         facts["differences"][name] = differences(source, folder, family, dtype)
         facts["placements"][name] = placements(made)
+        facts["quantized"][name] = [e.name for e in plan(family).entries if e.quantized]
         if name in ("fsdp and tp", "wrapped"):
             facts |= iterated(folder, made)
             facts["refusals"] |= refusals(init_device_mesh("cpu", (ranks,)))

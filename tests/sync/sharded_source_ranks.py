@@ -265,8 +265,8 @@ def held_in_fp8(rank: int) -> dict[str, list[str]]:
 
 
 def memory(rank: int) -> int:
-    """Bytes by which this rank grows in a pass over 64 MiB of BF16 on rank 1, to rank 0."""
-    shapes = {f"model.layers.{i}.mlp.up_proj.weight": (512, 1024) for i in range(64)}
+    """Bytes by which this rank grows in a pass over 160 MiB of BF16 on rank 1, to rank 0."""
+    shapes = {f"model.layers.{i}.mlp.up_proj.weight": (512, 1024) for i in range(160)}
     plan = QuantPlan.from_tensors(shapes)
     metadata = [TensorMeta(name, torch.bfloat16, shape) for name, shape in shapes.items()]
     weight = torch.randn(512, 1024).bfloat16()

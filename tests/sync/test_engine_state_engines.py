@@ -106,3 +106,21 @@ def test_every_architecture_is_loaded_in_part_mended_and_proven() -> None:
         assert seen["old weights named"] == seen["weights"], case
         assert seen["touched besides"] == [], case
         assert seen["unlike a fresh one"] == [], case
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_on_a_gpu_weights_are_loaded_and_proven_too(family: str, precision: str) -> None:
+    steps = [["load", 1], ["outputs"], ["load", 2], ["load", 1], ["outputs"]]
+    first, once, second, third, again = engine(family, precision, steps)
+    assert first == second == third == [[]]
+    assert once == again
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_changed_byte_is_named() -> None:
+    _, flipped, back = engine("qwen3", "fp8", [["load", 1], ["flip", 0], ["flip", 0]])
+    assert len(flipped[0]) == 1
+    assert flipped[0][0].startswith(f"{LAYER}.self_attn.v_proj.weight: 1 of ")
+    assert back == [[]]

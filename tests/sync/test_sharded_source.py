@@ -88,8 +88,8 @@ def test_fp8_moves_at_most_052_of_the_bytes_of_bf16(ranks: Answers) -> None:
 
 
 def test_a_rank_that_is_no_destination_needs_one_bucket_of_memory(ranks: Answers) -> None:
-    """Of 4 MiB, and what the cast of one tensor needs; the model in FP8 is 32 MiB."""
-    assert all(rank["memory"] < 16 * MIB for rank in ranks)
+    """Of 4 MiB, and what the cast of one tensor needs; the model in FP8 is 80 MiB."""
+    assert all(rank["memory"] < 32 * MIB for rank in ranks)
 
 
 @pytest.mark.parametrize(

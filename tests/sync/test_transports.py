@@ -231,7 +231,7 @@ HOSTILE = {
     "nothing": {},
     "nobody there": {
         **{"kind": "broadcast", "backend": "gloo", "host": "127.0.0.1", "port": 1},
-        **{"first_rank": 1, "world_size": 2, "timeout_seconds": 0.3},
+        **{"first_rank": 1, "timeout_seconds": 0.3},
     },
     "no store": {"kind": "files", "url": "nosuchprotocol://x"},
 }
