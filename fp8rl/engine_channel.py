@@ -17,6 +17,7 @@ from typing import Any
 
 from fp8rl.errors import EngineDiedError, EngineError, StaleWeightsError
 
+ENGINE_PROCESS = "fp8rl.engine_process"
 LOG_LINES_SHOWN = 15
 STOP_SECONDS = 10.0  # from a closed socket to the end of its process
 
@@ -34,19 +35,21 @@ ENVIRONMENT = {
 class EngineChannel:
     """A running engine process and the way to it."""
 
-    def __init__(self, arguments: Mapping[str, Any], log_path: Path) -> None:
+    def __init__(
+        self, arguments: Mapping[str, Any], log_path: Path, module: str = ENGINE_PROCESS
+    ) -> None:
         """Start the process with the arguments of ``vllm.LLM``; it logs to the end of ``log_path``.
 
-        Returns at once; the first ``receive`` waits until the engine is up.
+        ``module`` is what runs in it. Returns at once; the first ``receive`` waits until the engine
+        is up.
         """
         self._log_path = log_path
         ours, theirs = socket.socketpair()
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(_TORCHRUN)}
         threads = _threads(int(arguments["tensor_parallel_size"]))
-        module = [sys.executable, "-m", "fp8rl.engine_process"]
         with theirs, log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [*module, str(theirs.fileno()), str(os.getpid())],
+                [sys.executable, "-m", module, str(theirs.fileno()), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

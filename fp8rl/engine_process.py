@@ -47,13 +47,13 @@ class Lines:
         return line + b"\n"
 
 
-def serve(connection: socket.socket) -> None:
+def serve(connection: socket.socket, start: Callable[[dict[str, Any]], EngineServer]) -> None:
     """Answer requests, and step the engine between them, until the trainer closes its end."""
     lines = Lines(connection)
     first = lines.read(wait=True)
     if not first:
         return
-    server = EngineServer(json.loads(first))
+    server = start(json.loads(first))
     _reply(connection, server.description())
     while (line := lines.read(wait=not server.busy)) != b"":
         if line is None:
@@ -77,11 +77,11 @@ def _reply(connection: socket.socket, reply: dict[str, Any]) -> None:
     connection.sendall(json.dumps(reply).encode() + b"\n")
 
 
-def main() -> None:
+def main(start: Callable[[dict[str, Any]], EngineServer] = EngineServer) -> None:
     """Serve on a socket; the arguments are its file descriptor and the trainer's process id."""
     descriptor, parent = map(int, sys.argv[1:])
     end_with_parent(parent, signal.SIGKILL)
-    serve(socket.socket(fileno=descriptor))
+    serve(socket.socket(fileno=descriptor), start)
 
 
 if __name__ == "__main__":

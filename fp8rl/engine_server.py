@@ -51,14 +51,14 @@ class EngineServer:
         from vllm import LLM
         from vllm.platforms import current_platform
 
-        self._llm = LLM(
-            load_format="dummy",  # the weights come from the trainer, before anything is served
-            skip_tokenizer_init=True,
-            logprobs_mode="processed_logprobs",  # those of the distribution that was sampled from
-            weight_transfer_config={"backend": BACKEND},
-            enable_sleep_mode=current_platform.is_sleep_mode_available(),
-            **arguments,
-        )
+        ours = {
+            "load_format": "dummy",  # the weights come from the trainer, before anything is served
+            "skip_tokenizer_init": True,
+            "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from
+            "weight_transfer_config": {"backend": BACKEND},
+            "enable_sleep_mode": current_platform.is_sleep_mode_available(),
+        }
+        self._llm = LLM(**(ours | arguments))
         self._tickets: dict[int, Ticket] = {}
         self._in_flight: dict[str, int] = {}  # request id -> its ticket
         self._submitted = 0

@@ -12,10 +12,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from fp8rl.config import BF16_WEIGHTS, FP8_CACHE, Precision
-from fp8rl.engine_channel import EngineChannel
+from fp8rl.engine_channel import ENGINE_PROCESS, EngineChannel
 from fp8rl.errors import EngineError
 from fp8rl.quant import EngineTensor, QuantPlan, WeightPrecision
 from fp8rl.quant.kv_observation import KVObservation
@@ -106,22 +106,25 @@ class Sampling:
 class RolloutEngine:
     """A vLLM process; also the client that a ``Publisher`` updates. Close it, or use ``with``."""
 
-    def __init__(self, settings: EngineSettings, folder: Path) -> None:
+    def __init__(
+        self, settings: EngineSettings, folder: Path, *, module: str = ENGINE_PROCESS
+    ) -> None:
         """Start the process and return at once; the first request waits until it is up.
 
         Args:
             settings: what to start.
             folder: gets ``engine.log`` (appended) and ``engine/config.json``.
+            module: what the process runs, for an engine that answers more requests than ours.
         """
         self.settings = settings
         self.log_path = folder / "engine.log"
         arguments = settings.llm_arguments(folder / "engine")
-        self._channel = EngineChannel(arguments, self.log_path)
+        self._channel = EngineChannel(arguments, self.log_path, module)
         self._ready = False
         self._kv_cache_tokens = 0
         self._unplanned: list[str] = []  # where the engine is not what the plan says
 
-    def __enter__(self) -> RolloutEngine:
+    def __enter__(self) -> Self:
         """Return self."""
         return self
 

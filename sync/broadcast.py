@@ -12,7 +12,8 @@ at once, and the group, in which others may be waiting, is given up; the next pu
 Bytes are sent once by rank 0, whatever the number of engines. Over NCCL they pass through device
 memory, one stage at a time.
 
-Left out: going on without an engine that dies within a stage; the publish fails, the next is good.
+An engine that dies within a stage breaks the group for all; what lies in memory is sent again to
+those that are left (``update.py``), else the publish fails.
 """
 
 from __future__ import annotations

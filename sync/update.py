@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fp8rl.quant import KVScaleError, KVScales, QuantizedTensor
 from fp8rl.sync.engines import Engines
-from fp8rl.sync.errors import BaseMismatchError, SourceError
+from fp8rl.sync.errors import BaseMismatchError, SourceError, TransportError
 from fp8rl.sync.ledger import Ledger
 from fp8rl.sync.manifest import Base, KVProvenance, Manifest, state_digest
 from fp8rl.sync.transport import Outbox
@@ -63,16 +63,20 @@ class Update:
         if self.base is None:
             self._begin(self._layout.payload_nbytes(scales=scales is not None))
             self._write(stream, scales)
+            self._outbox.finish()
         else:
             chunks: list[Tensor] = []
             self._writer = UpdateWriter(
                 self._layout, lambda data: chunks.append(data.clone()), self._ledger, delta=True
             )
             self._write(stream, scales)
-            self._begin(self._writer.nbytes)
-            for chunk in chunks:
-                self._outbox.write(chunk)
-        self._outbox.finish()
+            try:
+                self._carry(chunks)
+            except TransportError as error:  # an engine that died in a stage took all others along
+                self.abandon(str(error))
+                self._started = False
+                self._engines.introduce()
+                self._carry(chunks)
         self.nbytes += self._writer.nbytes
 
     def apply(self, kv_scales: KVScales | KVMeasure | None) -> KVScales | None:
@@ -109,6 +113,13 @@ class Update:
         if scales is not None:
             self._writer.scales(scales)
             refuse_missing(self._version, self._layout.scales, self.records)
+
+    def _carry(self, chunks: Iterable[Tensor]) -> None:
+        """Send a payload that lies in memory."""
+        self._begin(self._writer.nbytes)
+        for chunk in chunks:
+            self._outbox.write(chunk)
+        self._outbox.finish()
 
     def _begin(self, nbytes: int) -> None:
         self._outbox.begin(nbytes, self._announce, self._start)

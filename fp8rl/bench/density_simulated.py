@@ -59,7 +59,7 @@ def measure_settled(
             generator = torch.Generator().manual_seed(seed)
             before = torch.randn(side, side, generator=generator) * sigma
             for rate in rates:
-                after = before + _update(before, rate, generator)
+                after = before + adam_update(before, rate, generator)
                 yield _measured(before, after, sigma, rate, None, "export")
 
 
@@ -75,14 +75,15 @@ def measure_from_checkpoint(
     generator = torch.Generator().manual_seed(0)
     masters = (torch.randn(side, side, generator=generator) * sigma).bfloat16().float()
     for number in range(1, max(steps) + 1):
-        after = masters + _update(masters, rate, generator)
+        after = masters + adam_update(masters, rate, generator)
         if number in steps:
             yield _measured(masters, after, sigma, rate, number, "export")
             yield _measured(masters, after, sigma, rate, number, "master")
         masters = after
 
 
-def _update(masters: Tensor, rate: float, generator: torch.Generator) -> Tensor:
+def adam_update(masters: Tensor, rate: float, generator: torch.Generator) -> Tensor:
+    """Draw the update of one step for masters of any shape: see above."""
     size = torch.empty_like(masters).uniform_(SMALLEST, LARGEST, generator=generator)
     up = torch.randint(2, masters.shape, generator=generator)
     return rate * size * (2 * up - 1)

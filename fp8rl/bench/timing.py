@@ -7,13 +7,13 @@ passed; the first turns compile and warm caches, and do not count.
 
 from __future__ import annotations
 
-import ctypes
 import random
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
+
+from fp8rl.bench import memory
 
 MIN_SECONDS = 0.05
 WARMUP_TURNS = 2
@@ -43,26 +43,20 @@ def temporary_bytes(way: Way, device: torch.device) -> int | None:
     """Return by how much memory rose at its highest while `way` ran, its result included.
 
     On a CPU this is the resident memory of the process, after the C library has given back what it
-    keeps for reuse. None where the system cannot tell (it needs Linux and glibc).
+    keeps for reuse. None where the system cannot tell.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         held = torch.cuda.memory_allocated(device)
         way()
         return torch.cuda.max_memory_allocated(device) - held
-    reset, trim = Path("/proc/self/clear_refs"), getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is None or not reset.exists():
+    if not memory.can_tell():
         return None
-    trim(0)
-    reset.write_text("5")  # the high-water mark starts anew
-    held = _high_water_mark()
+    memory.give_back()
+    memory.start_high_water_mark()
+    held = memory.high_water_mark()
     way()
-    return _high_water_mark() - held
-
-
-def _high_water_mark() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return memory.high_water_mark() - held
 
 
 def _repeats(way: Way, device: torch.device) -> int:

@@ -13,7 +13,14 @@ import pytest
 import torch
 
 from fp8rl.quant import EngineTensor
-from fp8rl.sync import Broadcast, EngineCallError, EnginesError, Publisher, SharedMemory
+from fp8rl.sync import (
+    Broadcast,
+    EngineCallError,
+    EnginesError,
+    Publisher,
+    SharedMemory,
+    TransportError,
+)
 from fp8rl.sync.inboxes import open_inbox
 from fp8rl.sync.manifest import Manifest, parse_manifest
 from fp8rl.sync.publisher import SyncReport
@@ -154,3 +161,43 @@ def test_a_run_begins_with_those_that_are_there(
         replicas[0].away = False
         assert publish(publisher, 1).failed == {}
     assert [replica.versions for replica in replicas] == [[1], [0, 1]]
+
+
+class DiesInAStage(Replica):
+    """Dies as soon as bytes are on their way to it, if it is told to."""
+
+    doomed = False
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        if self.doomed:
+            self.doomed = False
+            self.die()
+        super().update_weights(update_info)
+
+
+def test_differences_are_sent_again_where_a_replica_dies_within_a_stage(
+    transport: Transport,
+) -> None:
+    staying, leaving = Replica(), DiesInAStage()
+    with Publisher(PLAN, [staying, leaving], transport=transport, deltas=True) as publisher:
+        publish(publisher, 0)
+        leaving.doomed = True
+        report = publish(publisher, 1)
+        assert (report.kind, list(report.failed)) == ("delta", [1])
+        assert publish(publisher, 2).kind == "delta"
+        leaving.away = False
+        assert publish(publisher, 3).failed == {}
+    assert (staying.versions, leaving.versions) == ([0, 1, 2, 3], [0, 3])
+
+
+def test_whole_weights_that_a_dying_replica_kept_from_all_are_published_again(
+    transport: Transport,
+) -> None:
+    staying, leaving = Replica(), DiesInAStage()
+    leaving.doomed = True
+    with Publisher(PLAN, [staying, leaving], transport=transport) as publisher:
+        if isinstance(transport, Broadcast):
+            with pytest.raises(TransportError, match="not broadcast"):
+                publish(publisher, 0)
+        assert list(publish(publisher, 1).failed) == [1]
+    assert staying.versions == [1]
