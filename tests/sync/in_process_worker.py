@@ -51,7 +51,7 @@ def main(folder: Path) -> None:
             return report.kind
 
         seen["kinds"] = [publish(1, 1)]
-        seen["served"] = [engine.failure, engine.weight_version()]
+        seen["served"] = [engine.failure, llm.get_weight_version()]
         first = answer()
         seen["kinds"].append(publish(2, 2))
         second = answer()
