@@ -77,9 +77,9 @@ class SlotOutbox(ABC):
         self._total = self._start = self._filled = 0
 
     def close(self) -> None:
-        """Stop the thread."""
-        self.abandon()
-        self._thread.shutdown()
+        """Stop the thread, without waiting for an engine that does not answer."""
+        self._carried, self._send = [], None
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _wait_for_slot(self) -> None:
         """Wait until the stage that used this slot before was carried; raises what it met."""
