@@ -184,7 +184,8 @@ class Publisher:
             scales = update.apply(kv_scales)
             committed = update.commit()
         except BaseException as error:
-            update.abandon(f"{type(error).__name__}: {error}")
+            if isinstance(error, Exception):  # who interrupts does not wait for the engines' answer
+                update.abandon(f"{type(error).__name__}: {error}")
             raise
         self._ledger_base = committed if self._ledger is not None else None
         self._since_full = 1 if update.base is None else self._since_full + 1

@@ -9,6 +9,7 @@ it. So no engine reads bytes that change, and quantizing overlaps with the trans
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from jaxtyping import UInt8
@@ -20,7 +21,7 @@ from fp8rl.sync.transport import STAGE_BYTES, Send, Stage, Start
 SLOTS = 2
 
 
-class SlotOutbox:
+class SlotOutbox(ABC):
     """What outboxes with slots share; they say where the slots lie and how a stage is carried."""
 
     def __init__(self, largest_payload: int) -> None:
@@ -32,9 +33,9 @@ class SlotOutbox:
         self._start_update: Start | None = None
         self._total = self._start = self._filled = 0
 
+    @abstractmethod
     def slot(self, number: int) -> UInt8[Tensor, " slot_bytes"]:
         """The memory of a slot."""
-        raise TransportError(f"{type(self).__name__} has no slot {number}")
 
     def carry(self, stage: Stage, data: UInt8[Tensor, " n"], send: Send) -> None:
         """Bring a stage, whose bytes are ``data``, to every engine."""
@@ -76,9 +77,9 @@ class SlotOutbox:
         self._total = self._start = self._filled = 0
 
     def close(self) -> None:
-        """Stop the thread."""
-        self.abandon()
-        self._thread.shutdown()
+        """Stop the thread, without waiting for an engine that does not answer."""
+        self._carried, self._send = [], None
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _wait_for_slot(self) -> None:
         """Wait until the stage that used this slot before was carried; raises what it met."""

@@ -16,6 +16,7 @@ asks for the token on ``/v1`` alone. Let it listen on loopback, or behind someth
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 TIMEOUT_SECONDS = 600.0
 
 
-class _PausedEngine:
+class _PausedEngine(ABC):
     """What both have in common: when to ask, to pause and to resume."""
 
     def __init__(self) -> None:
@@ -43,7 +44,7 @@ class _PausedEngine:
         if any(worker["session"] for worker in self._reports()):
             self._end_session("another publisher took over")
         self._settle()
-        self._raise_refusal()
+        self._end_if_refused()
 
     def start_weight_update(self) -> None:
         """Begin an update; what is held is served on."""
@@ -76,11 +77,6 @@ class _PausedEngine:
                 self._settle()
                 raise UpdateRefusedError(worker[problem])
 
-    def _raise_refusal(self) -> None:
-        for worker in self._reports():
-            if worker["refusal"] is not None:
-                raise UpdateRefusedError(worker["refusal"])
-
     def _end_session(self, reason: str) -> None:
         """Have every worker undo what it applied, and end vLLM's session."""
         if not any(worker["session"] for worker in self._reports()):
@@ -96,20 +92,23 @@ class _PausedEngine:
         else:
             self._pause()
 
+    @abstractmethod
     def _reports(self) -> list[dict[str, Any]]:
         """What each worker holds, and says of the last call."""
-        return []
 
+    @abstractmethod
     def _call(self, method: str, body: Mapping[str, Any]) -> None:
         """Make one of vLLM's calls; raises EngineCallError with what it answered."""
-        raise EngineCallError(f"{type(self).__name__} cannot {method}")
 
+    @abstractmethod
     def _pause(self) -> None:
         """Serve nothing from here on, and keep what is in flight; again changes nothing."""
 
+    @abstractmethod
     def _resume(self) -> None:
         """Serve again."""
 
+    @abstractmethod
     def _drop_cache(self) -> None:
         """Drop keys and values of the old weights, of requests in flight too."""
 

@@ -141,6 +141,7 @@ def test_an_update_that_cannot_be_undone_aborts_what_was_in_flight_and_spares_wh
     live: Live,
 ) -> None:
     plan = live.engine.settings.plan()
+    live.break_an_update()  # after which its publisher introduces itself anew
     with Publisher(plan, live.engine, kv_layers=helpers.LAYERS, mirror=False) as forgetful:
         keeps, live.publisher = live.publisher, forgetful
         live.publish()  # from here on the engine keeps no mirror
@@ -155,8 +156,6 @@ def test_an_update_that_cannot_be_undone_aborts_what_was_in_flight_and_spares_wh
             live.submit(SHORT)
         live.version += 1
         live.publisher = keeps
-    with pytest.raises(EngineError, match="PublisherError"):  # another one had taken over
-        live.publish(seed=2)
     live.publish(seed=2)
     assert len(live.engine.collect(live.submit(SHORT))) == len(PROMPTS)
 

@@ -1,7 +1,10 @@
-"""A vLLM server that users start themselves: paused until proven, updated while it serves."""
+"""vLLM as users start it: a server, paused until proven, or an ``LLM`` within the trainer."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +14,7 @@ import pytest
 
 from fp8rl.quant import KVScaleError
 from fp8rl.rollout import RolloutEngine, Sampling
-from fp8rl.sync import EngineCallError, HTTPEngine, Publisher
+from fp8rl.sync import EngineCallError, HTTPEngine, Publisher, UpdateRefusedError
 from tests import helpers
 from tests.sync.vllm_server import PROMPT, TOKEN, Server
 
@@ -111,7 +114,7 @@ def test_what_the_server_refuses_is_in_the_error(server: Server) -> None:
     with (
         HTTPEngine(server.url, token=TOKEN) as engine,
         Publisher(PLAN, engine) as without_scales,  # the engine's cache is FP8
-        pytest.raises(EngineCallError, match=r"6 missing: .*attn\.q_scale"),
+        pytest.raises(UpdateRefusedError, match=r"ManifestError.*6 missing: .*attn\.q_scale"),
     ):
         without_scales.publish(helpers.source(1), version=20, kv_scales=None)
     assert not server.paused
@@ -124,3 +127,21 @@ def test_a_server_that_is_not_there_is_named() -> None:
         pytest.raises(EngineCallError, match=named),
     ):
         Publisher(PLAN, engine)
+
+
+def test_an_llm_within_the_trainer_is_updated_and_says_when_not_to_be_asked(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.sync.in_process_worker", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["at first"] == "no weights have been published yet"
+    assert seen["kinds"] == ["full", "delta", "full"]  # after a refusal everything is sent
+    assert seen["served"] == [None, "1"]
+    assert "measured on version 1" in seen["refused"]
+    assert seen["after the refusal"] == [None, True]
+    assert seen["answers"] == [True, True]
