@@ -63,7 +63,7 @@ from fp8rl.sync.fsdp import FSDPSource
 Group = tuple[list[int], list[Sample]]  # a prompt and its samples
 PROMPTS = [[2 + i, 3 + i, 4 + i] for i in range(16)]
 SAMPLING = Sampling(max_tokens=64, stop_token=1, samples=8)
-app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 def tiny_qwen3() -> Any:
@@ -72,8 +72,7 @@ def tiny_qwen3() -> Any:
 
     shape = {"vocab_size": 64, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
-    tied = {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": False}
-    return Qwen3Config(**shape, **heads, **tied)
+    return Qwen3Config(architectures=["Qwen3ForCausalLM"], **shape, **heads)
 
 
 def engine_settings() -> EngineSettings:
@@ -161,9 +160,8 @@ class Trainer:
 
     def open_store(self) -> tuple[str, int]:
         """On the first rank: where the ranks find each other, on this node's address alone."""
-        host = ray.util.get_node_ip_address()
-        listener = socket.create_server((host, 0))
-        port = listener.getsockname()[1]
+        listener = socket.create_server((ray.util.get_node_ip_address(), 0))
+        host, port = listener.getsockname()
         listening = {"is_master": True, "master_listen_fd": listener.detach()}
         self.store = dist.TCPStore(host, port, wait_for_workers=False, **listening)
         return host, port
@@ -263,11 +261,13 @@ def submit(replicas: list[Any], serving: list[int], version: int) -> None:
 
 
 def collect(replicas: list[Any], serving: list[int]) -> list[Group]:
-    """What they sampled; nothing from one that died."""
+    """What they sampled; nothing from one that died. Raises where all have."""
     groups: list[Group] = []
     for samples in [replicas[number].collect.remote() for number in serving]:
         with suppress(RayActorError, StaleWeightsError):
             groups += ray.get(samples)
+    if not groups:
+        raise EngineCallError(f"replicas {serving} died, and no other serves")
     return groups
 
 
@@ -280,7 +280,6 @@ def mean_reward(groups: list[Group]) -> float:
 
 
 def row(step: int, groups: list[Group], report: SyncReport, serving: list[int]) -> str:
-    """The line of a step: what was sampled in it, what it published, and who serves that."""
     tokens = Counter(v for sample in samples_of(groups) for v in sample.versions)
     shares = " ".join(f"v{v}:{tokens[v] / tokens.total():.0%}" for v in sorted(tokens))
     wire = f"{report.nbytes:,} ({report.nbytes / report.bf16_nbytes:.1%})"

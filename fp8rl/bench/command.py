@@ -1,8 +1,9 @@
-"""The command line of the benchmarks: `fp8rl bench quant`, `kv-scales`, `density`."""
+"""The command line of the benchmarks: `fp8rl bench quant`, `kv-scales`, `density`, `sync`."""
 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from datetime import datetime
 from functools import partial
@@ -44,6 +45,17 @@ Examples:
 - `fp8rl bench density`: Gaussian masters and the real loop, some two minutes on two cores
 
 - `fp8rl bench density --steps 0`: Gaussian masters alone, without an engine
+"""
+
+
+SYNC_EXAMPLES = """
+Examples:
+
+- `fp8rl bench sync`: a model of 0.3 B weights, some three minutes on two cores
+
+- `fp8rl bench sync --shape qwen3-0.6b`: twice as large, with an embedding of 152 k tokens
+
+- `fp8rl bench sync --shape tiny --rounds 1`: whether it runs here
 """
 
 
@@ -212,6 +224,56 @@ def density(
     result = bench_density(RunConfig(), steps, folder, started=partial(typer.echo, err=True))
     result.write(folder)
     save_picture(result, folder / "density.png")
+    if not as_json:
+        print_result(result, Console())
+    typer.echo(json.dumps(asdict(result)) if as_json else str(folder))
+
+
+@app.command(epilog=SYNC_EXAMPLES)
+def sync(
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Where result.json, sync.png and the engines' logs go; runs/bench-sync-DATE-TIME "
+            "unless given.",
+            show_default=False,
+        ),
+    ] = None,
+    shape: Annotated[
+        Literal["0.3b", "qwen3-0.6b", "tiny"], typer.Option(help="Model whose weights are moved.")
+    ] = "0.3b",
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Turns of each way; ratios are taken within a round.")
+    ] = 5,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="End with the result as one JSON object on the last line."),
+    ] = False,
+) -> None:
+    """Time a publish, full and delta, beside other ways to bring weights into a live engine.
+
+    These are BF16 quantized by the receiver, vLLM's reload_weights from disk, and a memcpy with the
+    engine's load. The last line printed is the folder with result.json and sync.png.
+    """
+    # Trainer and engines take turns on the same cores: idle threads must not spin on them.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded
+    from rich.console import Console
+
+    from fp8rl.bench.sync import bench_sync
+    from fp8rl.bench.sync_model import SHAPES
+    from fp8rl.bench.sync_report import print_result, save_picture
+    from fp8rl.errors import ConfigError, EngineError
+
+    folder = out or Path("runs") / f"bench-sync-{datetime.now():%Y%m%d-%H%M%S}"
+    _make(folder)
+    try:
+        result = bench_sync(SHAPES[shape], rounds, folder, started=partial(typer.echo, err=True))
+    except (ConfigError, EngineError) as error:
+        typer.echo(f"fp8rl: {error}", err=True)
+        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
+    result.write(folder)
+    save_picture(result, folder / "sync.png")
     if not as_json:
         print_result(result, Console())
     typer.echo(json.dumps(asdict(result)) if as_json else str(folder))

@@ -66,6 +66,14 @@ def ways() -> list[Way]:
     return found if cpu else [way for way in found if way.name != CHUNKED]
 
 
+def vllm_cast(weight: Tensor) -> Parts:
+    """Cast one matrix by vLLM's helper for blocks, with power-of-two scales."""
+    from vllm.utils.deep_gemm import per_block_cast_to_fp8
+
+    parts: Parts = per_block_cast_to_fp8(weight, [128, 128], use_ue8m0=True)
+    return parts
+
+
 def _parts(q: QuantizedTensor) -> Parts:
     return q.data, q.scale_inv
 
@@ -94,9 +102,7 @@ def _reference(weight: Tensor) -> Callable[[], Parts]:
 
 
 def _vllm(weight: Tensor) -> Callable[[], Parts]:
-    from vllm.utils.deep_gemm import per_block_cast_to_fp8
-
-    return _each_matrix(weight, lambda w: per_block_cast_to_fp8(w, [128, 128], use_ue8m0=True))
+    return _each_matrix(weight, vllm_cast)
 
 
 def _transformers(weight: Tensor) -> Callable[[], Parts]:

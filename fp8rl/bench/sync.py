@@ -16,6 +16,7 @@ ledger, mirror, buffers), ``peak`` on top of that within a turn. Shared memory c
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -34,12 +35,14 @@ from fp8rl.bench.sync_ways import (
     CODES,
     DELTA,
     DISK,
+    ENCODE,
     FLOOR,
     FULL,
     PHASES,
     SCALES,
     THERE,
     TRANSPORT,
+    VERIFY,
     Turn,
 )
 from fp8rl.errors import ConfigError
@@ -48,6 +51,9 @@ FLOOR_GOAL, THERE_GOAL = 1 / 3, 3.0
 DELTA_GOAL, DELTA_AIM = 200.0, 400.0  # 0.5 % of the BF16 bytes; 0.25 %
 FINGERPRINT_GOAL = 20.0
 MEMCPY, FINGERPRINTS = "memcpy alone", "fingerprints"  # rows beside the ways
+BREAK_EVEN = "link on which a delta is as soon"
+CODING = (ENCODE, TRANSPORT, VERIFY)  # the phases that are other ones in a delta
+SHOWN = (FULL, DELTA, THERE, DISK, FLOOR)  # in this order
 
 
 @dataclass(frozen=True)
@@ -136,15 +142,18 @@ def measure(contest: Contest, rounds: int, started: Callable[[str], None]) -> Me
 
 def rows_of(measured: Measured) -> list[dict[str, Any]]:
     """One row for each way, then one of the memcpy alone and one of the fingerprints."""
-    rows = [_row(name, turns, measured) for name, turns in measured.turns.items()]
+    rows = [_row(name, measured.turns[name], measured) for name in SHOWN]
     copies = [turn.phases[TRANSPORT] for turn in measured.turns[FLOOR]]
     here, there = zip(*measured.fingerprints, strict=True)
     both = [a + b for a, b in measured.fingerprints]
+    full, delta = measured.turns[FULL], measured.turns[DELTA]
+    link = statistics.median(break_even(a, b) for a, b in zip(full, delta, strict=True))
     sides = {"trainer": statistics.median(here), "engine": statistics.median(there)}
     return [
         *rows,
         {"part": MEMCPY, "seconds": _spread(copies)},
         {"part": FINGERPRINTS, "seconds": _spread(both), **sides},
+        {"part": BREAK_EVEN, "gigabytes_per_second": None if math.isinf(link) else link},
     ]
 
 
@@ -152,6 +161,7 @@ def ratios_of(measured: Measured, sizes: Sizes) -> dict[str, Ratio]:
     """What is held against goals, and what else is worth knowing."""
     seconds = {name: [t.seconds for t in turns] for name, turns in measured.turns.items()}
     full, delta = seconds[FULL], seconds[DELTA]
+    coding = [sum(t.phases[p] for p in CODING) for t in measured.turns[DELTA]]
     prints = [a + b for a, b in measured.fingerprints]
     sent = [float(sum(turn.wire.values())) for turn in measured.turns[DELTA]]
     of_fp8 = [float(turn.wire[CODES] + turn.wire[SCALES]) for turn in measured.turns[DELTA]]
@@ -162,11 +172,22 @@ def ratios_of(measured: Measured, sizes: Sizes) -> dict[str, Ratio]:
         f"{THERE} / {FULL}": Ratio.of(seconds[THERE], full, THERE_GOAL),
         f"{DISK} / {FULL}": Ratio.of(seconds[DISK], full, None),
         f"{FULL} / {DELTA}": Ratio.of(full, delta, 1.0),
+        f"{FULL} / encoding and applying a delta": Ratio.of(full, coding, 1.0),
         f"{THERE} / {DELTA}": Ratio.of(seconds[THERE], delta, None),
         bytes_sent: Ratio.of(whole, sent, DELTA_GOAL),
         f"{bytes_sent}, FP8 weights alone": Ratio.of(quantized, of_fp8, DELTA_AIM),
         f"{FULL} / its {FINGERPRINTS}": Ratio.of(full, prints, FINGERPRINT_GOAL),
     }
+
+
+def break_even(full: Turn, delta: Turn) -> float:
+    """GB/s of a link that would make both take the same time; a delta is sooner on slower ones.
+
+    Shared memory carries bytes for next to nothing; inf where a delta is sooner even there.
+    """
+    saved = sum(full.wire.values()) - sum(delta.wire.values())
+    lost = delta.seconds - full.seconds
+    return saved / lost / 1e9 if lost > 0 else math.inf
 
 
 def _row(name: str, turns: Sequence[Turn], measured: Measured) -> dict[str, Any]:

@@ -1,12 +1,13 @@
-"""The FP8 bytes of a model in one run, as trainer and engine of `fp8rl bench sync` see them."""
+"""A model's weights as runs of bytes, for both sides of `fp8rl bench sync`."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fp8rl.quant import EngineTensor
@@ -40,3 +41,55 @@ def timed_fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     began = time.perf_counter()
     digests = [fingerprint(tensor) for tensor in tensors.values()]
     return {"seconds": time.perf_counter() - began, "digests": digests}
+
+
+class Bucket:
+    """BF16 tensors as they come, in order, end to end; cast to FP8 where the engine holds that."""
+
+    def __init__(
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        quantized: Collection[str],
+        cast: Callable[[Tensor], tuple[Tensor, Tensor]],
+    ) -> None:
+        """Await tensors of these shapes; ``cast`` makes codes and scales of the ``quantized``."""
+        self._shapes, self._quantized, self._cast = shapes, quantized, cast
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.tensors: dict[str, Tensor] = {}
+        self.seconds = 0.0  # spent casting
+        self._waiting = iter(self._shapes.items())
+        self._part = torch.empty(0, dtype=torch.uint8)
+        self._next()
+
+    def take(self, data: Tensor) -> None:
+        """Take in the next bytes; nothing refers to them afterwards."""
+        while len(data):
+            piece, data = data[: self._missing], data[self._missing :]
+            if len(piece) == self._nbytes:
+                self._accept(piece, owned=False)
+                continue
+            if self._missing == self._nbytes:
+                self._part = torch.empty(self._nbytes, dtype=torch.uint8)
+            begun = self._nbytes - self._missing
+            self._part[begun : begun + len(piece)] = piece
+            self._missing -= len(piece)
+            if self._missing == 0:
+                self._accept(self._part, owned=True)
+
+    def _accept(self, data: Tensor, *, owned: bool) -> None:
+        name, tensor = self._name, data.view(torch.bfloat16).view(self._shape)
+        if name in self._quantized:
+            began = time.perf_counter()
+            codes, scales = self._cast(tensor)
+            self.seconds += time.perf_counter() - began
+            self.tensors |= {name: codes, f"{name}_scale_inv": scales}
+        else:
+            self.tensors[name] = tensor
+        self._next()
+
+    def _next(self) -> None:
+        self._name, self._shape = next(self._waiting, ("", ()))
+        self._nbytes = self._missing = 2 * math.prod(self._shape)

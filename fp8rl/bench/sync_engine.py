@@ -10,14 +10,13 @@ Our engine process with a few requests more, none of which proves anything:
                                receiver quantizes each bucket that comes.
     memcpy and load            FP8 bytes are copied out of shared memory into a buffer that is kept,
                                and loaded: the least that any way can take
-    reload_weights             vLLM's own, from a checkpoint on disk
+    BF16, reloaded from disk   vLLM's own reload_weights
 
 Loading is vLLM's layerwise reload (``sync/engine_load.py``), the same as in ours.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,59 +25,12 @@ import torch
 from torch import Tensor
 
 from fp8rl.bench import memory
-from fp8rl.bench.quant_ways import VLLM, ways
-from fp8rl.bench.sync_bytes import Layout, timed_fingerprints, views
+from fp8rl.bench.quant_ways import vllm_cast
+from fp8rl.bench.sync_bytes import Bucket, Layout, timed_fingerprints, views
 from fp8rl.engine_process import main
 from fp8rl.engine_server import EngineServer
 from fp8rl.sync.engine_state import differences, expected_tensors, load
 from fp8rl.sync.segment import Segment
-
-
-class Bucket:
-    """BF16 tensors as they come, in order, end to end; cast to FP8 where the engine holds that."""
-
-    def __init__(self, shapes: Mapping[str, Sequence[int]], quantized: set[str]) -> None:
-        self._shapes, self._quantized = shapes, quantized
-        self._cast = next(way for way in ways() if way.name == VLLM).prepare
-        self.clear()
-
-    def clear(self) -> None:
-        """Begin anew."""
-        self.tensors: dict[str, Tensor] = {}
-        self.seconds = 0.0  # spent casting
-        self._waiting = iter(self._shapes.items())
-        self._part = torch.empty(0, dtype=torch.uint8)
-        self._next()
-
-    def take(self, data: Tensor) -> None:
-        """Take in the next bytes; nothing refers to them afterwards."""
-        while len(data):
-            piece, data = data[: self._missing], data[self._missing :]
-            if len(piece) == self._nbytes:
-                self._accept(piece, owned=False)
-                continue
-            if self._missing == self._nbytes:
-                self._part = torch.empty(self._nbytes, dtype=torch.uint8)
-            begun = self._nbytes - self._missing
-            self._part[begun : begun + len(piece)] = piece
-            self._missing -= len(piece)
-            if self._missing == 0:
-                self._accept(self._part, owned=True)
-
-    def _accept(self, data: Tensor, *, owned: bool) -> None:
-        name, tensor = self._name, data.view(torch.bfloat16).view(self._shape)
-        if name in self._quantized:
-            began = time.perf_counter()
-            codes, scales = self._cast(tensor)()
-            self.seconds += time.perf_counter() - began
-            self.tensors |= {name: codes, f"{name}_scale_inv": scales}
-        else:
-            self.tensors[name] = tensor if owned else tensor.clone()
-        self._next()
-
-    def _next(self) -> None:
-        self._name, self._shape = next(self._waiting, ("", ()))
-        self._nbytes = self._missing = 2 * math.prod(self._shape)
 
 
 class SyncServer(EngineServer):
@@ -102,7 +54,8 @@ class SyncServer(EngineServer):
         """Attach the ring through which tensors of these shapes will come, in order."""
         self._ring = Segment.attach(path, nbytes)
         expected = {tensor.name for tensor in expected_tensors(self._model)}
-        self._bucket = Bucket(shapes, {n for n in shapes if f"{n}_scale_inv" in expected})
+        quantized = {name for name in shapes if f"{name}_scale_inv" in expected}
+        self._bucket = Bucket(shapes, quantized, vllm_cast)
 
     def take_bf16(self, stage: Mapping[str, int]) -> None:
         """Take in one stage."""

@@ -4,8 +4,8 @@
     ours, delta              what differs from the version before, on an engine of its own
     BF16, quantized there    the same ring carries BF16, which the engine quantizes and loads
     memcpy and load          FP8 bytes, made before the clock starts, are copied and loaded
-    reload_weights, disk     vLLM reads a BF16 checkpoint, written before the clock starts, and
-                             quantizes it as it loads (its online quantization ``fp8_per_block``)
+    BF16, reloaded from disk vLLM's reload_weights: reads a checkpoint, written before the clock
+                             starts, and quantizes as it loads (vLLM's online ``fp8_per_block``)
 
 The first two prove what the engine then holds, the others nothing. A turn is one way's update by
 one version; where its time goes is told by phase, in seconds of the clock that is waited for:
@@ -14,7 +14,7 @@ one version; where its time goes is told by phase, in seconds of the clock that 
     encode       fingerprints and records; of a delta comparing and encoding too
     transport    filling the ring, and waiting until the engine has copied it
     verify       in the engine: decoding, fingerprints, no NaN
-    load         vLLM's layerwise reload; in reload_weights reading and quantizing too
+    load         vLLM's layerwise reload; of a checkpoint reading and quantizing too
     read back    what the kernels hold is compared
     commit       all else: messages, dropping the KV cache, exchanging the mirror
 """
@@ -46,7 +46,7 @@ from fp8rl.sync.transport import Outbox
 from fp8rl.sync.transports import SharedMemory
 
 FULL, DELTA = "ours, full", "ours, delta"
-THERE, FLOOR, DISK = "BF16, quantized there", "memcpy and load", "reload_weights, disk"
+THERE, FLOOR, DISK = "BF16, quantized there", "memcpy and load", "BF16, reloaded from disk"
 QUANTIZE, ENCODE, TRANSPORT, COMMIT = "quantize", "encode", "transport", "commit"
 VERIFY, LOAD, READ_BACK = "verify", "load", "read back"
 PHASES = (QUANTIZE, ENCODE, TRANSPORT, VERIFY, LOAD, READ_BACK, COMMIT)

@@ -307,6 +307,7 @@ def test_every_tensor_and_scale_is_proven(live: Live) -> None:
     assert worker["kv_scales_proven"] == 3 * helpers.LAYERS
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_the_other_arms_equal_a_fresh_engine_after_an_update(
     precision: str, tmp_path: Path
