@@ -87,7 +87,7 @@ class Bucket:
             self.seconds += time.perf_counter() - began
             self.tensors |= {name: codes, f"{name}_scale_inv": scales}
         else:
-            self.tensors[name] = tensor
+            self.tensors[name] = tensor if owned else tensor.clone()
         self._next()
 
     def _next(self) -> None:
