@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,17 @@ class EngineChannel:
         return self._process.pid
 
     def close(self) -> None:
-        """Kill the process, which holds nothing worth saving; calling it again does nothing."""
-        self._lines.close()
-        self._socket.close()
+        """Kill the process, which holds nothing worth saving; calling it again does nothing.
+
+        A call that another thread waits in ends with EngineDiedError. It must have been woken
+        before anything is closed under it: ``makefile``'s reader is locked while it reads.
+        """
         self._process.kill()
         self._process.wait()
+        with suppress(OSError):  # closed before, or by its other end
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._lines.close()
+        self._socket.close()
 
     def call(self, method: str, params: Mapping[str, Any]) -> Any:
         """Send a request and wait for its result.

@@ -86,10 +86,10 @@ def _ways(result: BenchResult) -> Rows:
 
 def _figures(rows: Rows) -> Table:
     """One column for each way."""
-    table = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("", min_width=17)
+    table = Table(box=SIMPLE)
+    table.add_column("", no_wrap=True)
     for row in rows:
-        table.add_column(row["part"], justify="right")
+        table.add_column(row["part"], justify="right", max_width=9)  # 80 characters in all
     for what, label in {"median": "ms", "min": "  at least", "max": "  at most"}.items():
         table.add_row(label, *(f"{1e3 * row['seconds'][what]:.0f}" for row in rows))
     for phase in PHASES:

@@ -38,7 +38,7 @@ def qwen3():
 
 def published(plan: QuantPlan, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """What the publisher sends to an engine, by name."""
-    recorder = Recorder()
+    recorder = Recorder(plan)
     with Publisher(plan, recorder) as publisher:
         publisher.publish(IterableSource(weights), version=0, kv_scales=None)
     return recorder.tensors

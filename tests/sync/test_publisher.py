@@ -39,13 +39,13 @@ SCALES = list(helpers.scales(0).tensors())
 class Recorder:
     """A client that keeps the calls, and takes in the payload as an engine would."""
 
-    def __init__(self) -> None:
+    def __init__(self, plan: QuantPlan = PLAN) -> None:
         self.calls: list[str] = []
         self.tensors: dict[str, torch.Tensor] = {}
         self.manifest: Any = None
         self.manifests: list[Any] = []
         scales = [EngineTensor(name, torch.float32, (1,)) for name in SCALES]
-        self.staging = Staging([*PLAN.engine_tensors(), *scales])
+        self.staging = Staging([*plan.engine_tensors(), *scales])
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         introduction = parse_introduction(init_info["transport"])
