@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
 from fp8rl.run_dir import RunDir
+from tests.fp8rl.run_helpers import runs
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -53,6 +57,7 @@ STUDY = (
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_study_of_kv_scales_serves_the_scales_of_each_arm_and_keeps_what_has_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,3 +90,63 @@ def test_the_study_of_kv_scales_serves_the_scales_of_each_arm_and_keeps_what_has
     other = CliRunner().invoke(command, [*STUDY, f"--out={tmp_path}", "rollout.temperature=0.5"])
     assert other.exit_code == 2
     assert f"{folders[0].path}: is of another config" in other.output
+
+
+RAY = [sys.executable, str(EXAMPLES / "ray_disaggregated.py")]
+# step, reward, kind, bytes, versions with their shares, replicas that serve
+ROW = re.compile(
+    r"^ +(\d+)  (0\.\d+|1\.000)   (full|delta) +([\d,]+) \(.*?%\)  (v.*%) +([\d ]+)$", re.M
+)
+
+
+def test_the_ray_example_says_what_it_does() -> None:
+    done = subprocess.run([*RAY, "--help"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all(word in done.stdout for word in ("FSDP2", "vLLM", "--kill-step", "--address"))
+
+
+@pytest.mark.long
+def test_ray_restarts_a_replica_and_the_run_goes_on_without_it_and_then_with_it(
+    tmp_path: Path,
+) -> None:
+    options = ["--steps=7", "--kill-step=2", f"--out={tmp_path}"]
+    done = subprocess.run([*RAY, *options], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = ROW.findall(done.stdout)
+    steps, rewards, kinds, nbytes, versions, serving = zip(*rows, strict=True)
+    assert list(map(int, steps)) == list(range(1, 8))
+    assert float(rewards[-1]) > float(rewards[0]) + 0.15, "it learns"
+    assert kinds == ("delta", "delta", "delta", "full", "delta", "delta", "delta")
+    assert serving == ("0 1", "0", "0", "0 1", "0 1", "0 1", "0 1"), "killed in 2, back in 4"
+    sizes = [int(size.replace(",", "")) for size in nbytes]
+    assert max(size for size, kind in zip(sizes, kinds, strict=True) if kind == "delta") < sizes[3]
+    for step, shares in enumerate(versions, start=1):
+        assert set(re.findall(r"v(\d+):", shares)) <= {str(step - 1), str(step)}
+    assert any(" " in shares for shares in versions), "an update landed while they were sampled"
+    assert "replica 1 is back" in done.stdout
+    assert "responses lived through an update" in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.long
+def test_ctrl_c_leaves_no_process_of_the_ray_example_behind(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        run = subprocess.Popen(
+            [*RAY, "--steps=1000", f"--out={tmp_path}"],
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        ended = time.monotonic() + 300
+        while not ROW.search(log.read_text()):
+            assert run.poll() is None and time.monotonic() < ended, log.read_text()[-3000:]
+            time.sleep(0.5)
+        family = psutil.Process(run.pid).children(recursive=True)
+        assert len(family) > 6, "Ray, two trainers, two replicas, two engines"
+        run.send_signal(signal.SIGINT)
+        assert run.wait(60) == 130
+        waited_for = psutil.wait_procs(family, timeout=30)[1]
+        assert [process for process in waited_for if runs(process)] == []
+    finally:
+        run.kill()

@@ -164,7 +164,8 @@ class Command:
             self._process.kill()
             raise
         seconds = time.monotonic() - self._struck
-        survivors = psutil.wait_procs(self._family, timeout=SURVIVAL)[1]
+        waited_for = psutil.wait_procs(self._family, timeout=SURVIVAL)[1]
+        survivors = [process for process in waited_for if runs(process)]
         litter = (shared_memory() - self._litter_before) | holders(self._segments)
         for process in survivors:
             process.kill()
@@ -219,6 +220,14 @@ def numbers(folder: Path) -> list[dict[str, Any]]:
 def checkpoints(folder: Path) -> list[int]:
     """Versions that are saved."""
     return sorted(int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*"))
+
+
+def runs(process: psutil.Process) -> bool:
+    """Whether a process has not ended; a zombie has, and waits for its new parent to notice."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def shared_memory() -> set[str]:

@@ -69,6 +69,7 @@ def test_a_converted_checkpoint_answers_as_published_weights_do_bit_for_bit(tmp_
     assert from_disk == published(tmp_path, seed=3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model", ["qwen3-moe", "mixtral"])
 def test_vllm_loads_a_converted_moe_and_answers_nearly_as_the_original(
     model: str, tmp_path: Path

@@ -40,6 +40,7 @@ LEFT_OUT = {
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("what", LEFT_OUT)
 def test_without_it_the_run_stops_at_the_first_step_and_names_the_layers(
     what: str, tmp_path: Path

@@ -15,7 +15,7 @@ import torch
 from tests.fp8rl.conftest import Whole
 from tests.fp8rl.run_helpers import STEPS, Command, End, metrics, numbers
 
-pytestmark = pytest.mark.slow  # a dozen real engines
+pytestmark = [pytest.mark.slow, pytest.mark.long]  # a dozen real engines
 
 WARM_UP = ["Ctrl-C in the warm-up", "SIGKILL in the warm-up"]
 MID_RUN = ["SIGKILL in a step", "engine killed", "engine frozen, Ctrl-C twice", "Ctrl-C in a step"]

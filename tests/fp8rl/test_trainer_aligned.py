@@ -217,6 +217,7 @@ def test_its_mismatch_with_the_real_engine_is_far_below_that_of_a_bf16_trainer(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_on_two_tensor_parallel_ranks_the_bytes_are_the_published_ones(tmp_path: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(

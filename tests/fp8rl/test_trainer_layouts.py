@@ -51,7 +51,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Seen:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(
+    ("tp", "pp"),
+    [(2, 1), *(pytest.param(*each, marks=pytest.mark.long) for each in ((1, 2), (2, 2)))],
+)
 def test_other_layouts_are_the_same_trainer(tmp_path: Path, alone: Seen, tp: int, pp: int) -> None:
     ranks = run_layout(tmp_path / "ranks", tp, pp)
     for family, seen in ((family, seen) for rank in ranks for family, seen in rank.items()):

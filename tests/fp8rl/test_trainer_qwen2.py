@@ -47,7 +47,7 @@ def set_biases(trainer: MegatronTrainer, size: float) -> None:
     trainer.load_state(state)
 
 
-@pytest.mark.parametrize("precision", TRAINER)
+@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=pytest.mark.long), "fp8-kv"])
 def test_the_engine_samples_with_the_trainers_policy(precision: str, tmp_path: Path) -> None:
     settings = EngineSettings(
         hf_config=hf_config(config(precision).model, VOCAB, 64),
