@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from pathlib import Path
@@ -15,7 +14,8 @@ from fp8rl.errors import EngineDiedError
 
 def test_closing_a_frozen_engine_ends_the_call_that_another_thread_waits_in(tmp_path: Path) -> None:
     channel = EngineChannel({"tensor_parallel_size": 1}, tmp_path / "engine.log")
-    psutil.Process(channel.pid).send_signal(signal.SIGSTOP)
+    process = psutil.Process(channel.pid)
+    process.suspend()
     met: list[BaseException] = []
 
     def wait() -> None:
@@ -25,13 +25,17 @@ def test_closing_a_frozen_engine_ends_the_call_that_another_thread_waits_in(tmp_
             met.append(error)
 
     waiting = threading.Thread(target=wait, daemon=True)  # a broken close must not hang the tests
-    waiting.start()
-    time.sleep(0.2)
     closing = threading.Thread(target=channel.close, daemon=True)
-    closing.start()
-    closing.join(10.0)
-    waiting.join(10.0)
-    assert not closing.is_alive()
-    assert not waiting.is_alive()
-    assert [type(error) for error in met] == [EngineDiedError]
-    assert not psutil.pid_exists(channel.pid)
+    try:
+        waiting.start()
+        time.sleep(0.2)
+        closing.start()
+        closing.join(10.0)
+        waiting.join(10.0)
+        assert not closing.is_alive()
+        assert not waiting.is_alive()
+        assert [type(error) for error in met] == [EngineDiedError]
+        assert not process.is_running()
+    finally:
+        if process.is_running():
+            process.kill()
