@@ -20,8 +20,9 @@ or apply. Tensors that have little in common take long: the differences go throu
 before it is known that whole bytes are smaller.
 
 Nothing in a payload is believed: sizes are bounded by the tensor's own before anything is decoded,
-and all frames are decoded once before the first is applied. A delta does not know its base: applied
-to another tensor of the same size it gives nonsense, which a digest of the result must tell.
+and memory is written to in place only after all frames have been decoded once. A delta does not
+know its base: applied to another tensor of the same size it gives nonsense, which a digest of the
+result must tell.
 """
 
 from __future__ import annotations
@@ -97,8 +98,8 @@ def apply_delta(
     """Return the tensor whose difference from ``base`` is ``payload``; in ``out`` if it is given.
 
     All are contiguous and on the CPU. ``out`` may be ``base`` itself, and else shares no memory
-    with it. Nothing is written before the whole payload, which must not change meanwhile, has been
-    found good.
+    with it. It is not written to before the whole payload, which must not change meanwhile, has
+    been found good.
 
     Raises DeltaError for a payload that is no delta of a tensor of this size.
     """
@@ -108,12 +109,13 @@ def apply_delta(
         _check(out, "out")
     data = payload.numpy()
     width = _read_header(data, base.numel())
-    for _ in _changes(data, base.numel(), width):
-        pass
     if out is None:
-        out = base.clone()
-    elif out.data_ptr() != base.data_ptr():
-        out.copy_(base)
+        out = base.clone()  # nobody sees it before it is done
+    else:
+        for _ in _changes(data, base.numel(), width):
+            pass
+        if out.data_ptr() != base.data_ptr():
+            out.copy_(base)
     elements = out.numpy().view(_UNSIGNED[width])
     for change in _changes(data, base.numel(), width):
         here = elements[change.start : change.start + FRAME // width]

@@ -5,7 +5,7 @@ and a GPU compute alike, without rounding or overflow:
 
     level(b)   b, padded with zeros to rows of 4096 bytes, as signed bytes [rows, 4096]
                times TABLE [4096, 16], as int32: 64 bytes for each row
-    tree(b)    level(level(... b)), at least once and until at most 4096 bytes are left
+    tree(b)    level(level(... b)) until at most 64 KiB are left; short bytes are their own tree
     fingerprint = blake2b-64(tree of each 16 MiB in turn, length) || sum of all signed bytes
 
 in hexadecimal, 16 + 16 digits, integers little-endian, the sum modulo 2^64. TABLE's first column is
@@ -28,6 +28,7 @@ Private name of torch used: ``torch._int_mm``, its only int8 product on every de
 from __future__ import annotations
 
 import hashlib
+import math
 from functools import lru_cache
 
 import torch
@@ -37,18 +38,12 @@ from fp8rl.sync.errors import ManifestError
 
 ROW = 4096  # bytes, of which one product makes 4 * COLUMNS
 COLUMNS = 16
-SLAB = ROW * 64 * 64  # bytes with a tree of their own, which ends at ROW bytes
+SLAB = 2**24  # bytes with a tree of their own
+LEAVES = 2**16  # bytes that blake2b takes as they are
 SEED = b"fp8rl fingerprint 1"
 CUDA_ROWS = 32  # cuBLAS multiplies int8 matrices of more than 16 rows only
 
-# dtype -> integers of its width, the sign bit, the least magnitude that is no finite number
-_BITS = {
-    torch.float8_e4m3fn: (torch.int8, -(2**7), 0x7F),
-    torch.float16: (torch.int16, -(2**15), 0x7C00),
-    torch.bfloat16: (torch.int16, -(2**15), 0x7F80),
-    torch.float32: (torch.int32, -(2**31), 0x7F80_0000),
-}
-_FINITE_CHUNK = 2**20  # bytes; what is made of them stays in the cache
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def fingerprint(tensor: Tensor) -> str:
@@ -61,11 +56,15 @@ def fingerprint(tensor: Tensor) -> str:
     tree = hashlib.blake2b(digest_size=8)
     total = 0
     for slab in torch.split(data, SLAB) if data.numel() else ():
-        products = _level(slab)
-        total += int(products[:, 0].sum())
-        while products.nbytes > ROW:
-            products = _level(products.reshape(-1).view(torch.int8))
-        tree.update(products.cpu().numpy().tobytes())
+        if slab.numel() <= LEAVES:
+            total += int(slab.sum())
+        else:
+            products = _level(slab)
+            total += int(products[:, 0].sum())
+            slab = products.reshape(-1).view(torch.int8)
+        while slab.numel() > LEAVES:
+            slab = _level(slab).reshape(-1).view(torch.int8)
+        tree.update(slab.cpu().numpy().tobytes())
     tree.update(data.numel().to_bytes(8, "little"))
     return tree.hexdigest() + f"{total % 2**64:016x}"
 
@@ -73,18 +72,24 @@ def fingerprint(tensor: Tensor) -> str:
 def finite(tensor: Tensor) -> bool:
     """Whether a tensor of E4M3, fp16, BF16 or fp32 holds neither NaN nor Inf; of any shape.
 
-    With its sign bit set, a number's bits are an integer that grows with its magnitude, so the
-    greatest of them decides. Raises ManifestError for another dtype.
+    E4M3's NaNs are the greatest of its bytes: 0x7F of the signed, 0xFF of the unsigned ones. The
+    others are added up. What is added to NaN or Inf never becomes finite again, so a finite sum is
+    proof; one that is not may come of large numbers, and then each of them is looked at.
+
+    Raises ManifestError for another dtype.
     """
-    if tensor.dtype not in _BITS:
+    if tensor.numel() == 0:
+        return True
+    values = tensor.detach()
+    if values.dtype == torch.float8_e4m3fn:
+        signed, unsigned = values.view(torch.int8), values.view(torch.uint8)
+        return not (int(signed.amax()) == 0x7F or int(unsigned.amax()) == 0xFF)
+    if values.dtype not in _FLOATS:
         raise ManifestError(
-            f"finite() knows {', '.join(map(str, _BITS))}; found a tensor of {tensor.dtype}"
+            f"finite() knows {torch.float8_e4m3fn}, {', '.join(map(str, _FLOATS))}; found a tensor "
+            f"of {values.dtype}"
         )
-    integers, sign, infinity = _BITS[tensor.dtype]
-    bits = tensor.detach().contiguous().reshape(-1).view(integers)
-    chunks = torch.split(bits, max(1, _FINITE_CHUNK // tensor.element_size()))
-    greatest = [(chunk | sign).amax() for chunk in chunks if chunk.numel()]
-    return not greatest or int(torch.stack(greatest).amax()) < sign + infinity
+    return math.isfinite(float(values.sum())) or bool(values.isfinite().all())
 
 
 def _level(data: Tensor) -> Tensor:

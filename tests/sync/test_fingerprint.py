@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from itertools import combinations
 from operator import mul
 
@@ -32,6 +33,14 @@ FLOATS = [torch.float8_e4m3fn, torch.float16, torch.bfloat16, torch.float32]
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 
 
+@pytest.fixture(autouse=True, scope="module", params=[module.LEAVES, 64])
+def leaves(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With 64 the little data of these tests has a tree of several levels, as large data has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "LEAVES", request.param)
+        yield
+
+
 def table() -> list[list[int]]:
     """The columns of TABLE."""
     head = hashlib.shake_128(module.SEED).digest(ROW * COLUMNS)
@@ -57,8 +66,8 @@ def plain(data: bytes, slab: int = SLAB) -> str:
     """The definition, in integers of Python."""
     tree = hashlib.blake2b(digest_size=8)
     for at in range(0, len(data), slab):
-        part = level(data[at : at + slab])
-        while len(part) > ROW:
+        part = data[at : at + slab]
+        while len(part) > module.LEAVES:
             part = level(part)
         tree.update(part)
     tree.update(len(data).to_bytes(8, "little"))
