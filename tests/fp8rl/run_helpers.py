@@ -166,7 +166,11 @@ class Command:
         seconds = time.monotonic() - self._struck
         waited_for = psutil.wait_procs(self._family, timeout=SURVIVAL)[1]
         survivors = [process for process in waited_for if runs(process)]
-        litter = (shared_memory() - self._litter_before) | holders(self._segments)
+        litter = self._litter()
+        deadline = time.monotonic() + SURVIVAL
+        while litter and time.monotonic() < deadline:  # of other tests, which clean up after them
+            time.sleep(0.2)
+            litter &= self._litter()
         for process in survivors:
             process.kill()
         return End(
@@ -185,6 +189,9 @@ class Command:
     def said(self) -> str:
         """Standard output and standard error."""
         return self.output.read_text() + self.errors.read_text()
+
+    def _litter(self) -> set[str]:
+        return (shared_memory() - self._litter_before) | holders(self._segments)
 
     def _meet(self) -> None:
         """Take note of every process of the command, and of the segments that they hold."""
