@@ -27,7 +27,7 @@ from fp8rl.rollout import EngineSettings
 
 SIGMA, LEARNING_RATE = 0.02, 1e-6
 MAX_TOKENS = 512  # of a sequence; nothing is generated
-LIMITS = (MAX_TOKENS, 4, 2**26)  # of an engine: tokens, sequences, bytes of the KV cache
+LIMITS = (MAX_TOKENS, 4, 2**27)  # of an engine: tokens, sequences, bytes of the KV cache
 CHUNK = 2**22  # weights whose step is drawn at once
 PROCESS_BYTES = 10**9  # that a process with torch and vLLM takes for itself
 

@@ -60,6 +60,14 @@ def test_the_shapes_have_the_sizes_that_they_are_named_for() -> None:
     assert sizes.bf16_bytes == 637_623_296
 
 
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_an_engine_of_every_shape_has_room_for_a_sequence(shape: sync_model.Shape) -> None:
+    model, settings = shape.model, shape.settings()
+    a_token = 2 * 2 * model.num_layers * model.num_kv_heads * model.head_dim  # k and v in BF16
+    blocks = -(-settings.max_model_len // 128)  # of tokens, as vLLM has them on a CPU
+    assert settings.kv_cache_bytes > (blocks + 1) * 128 * a_token
+
+
 def test_a_step_moves_every_matrix_a_little_and_the_same_each_time() -> None:
     plan = SHAPES["tiny"].settings().plan()
     one, two = Policy(plan), Policy(plan)
