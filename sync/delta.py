@@ -20,7 +20,7 @@ of all changes in BF16 are among the smallest few percent of the elements, so th
 median magnitude of what changed, which saves a sixth. FP8 has too few small codes for that to pay
 (bound 0: all count as large).
 
-Comparing runs at the speed of memory; what changed costs some ten nanoseconds an element to encode
+Comparing runs on all threads; what changed costs some ten nanoseconds an element to encode
 or apply. Tensors that have little in common take long: the differences go through zlib (100 MB/s)
 before it is known that whole bytes are smaller.
 
@@ -35,6 +35,8 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -82,10 +84,10 @@ def encode_delta(
         )
     parts: list[bytes] = []
     room = base.numel() - HEADER.size
-    for old, now in zip(torch.split(base, FRAME), torch.split(new, FRAME), strict=True):
+    encode = partial(_encode_frame, width=width)
+    for frame in _threads().map(encode, torch.split(base, FRAME), torch.split(new, FRAME)):
         if room <= 0:
             return None
-        frame = _encode_frame(old, now, width)
         room -= sum(map(len, frame))
         parts += frame
     if room <= 0:
@@ -127,6 +129,12 @@ def apply_delta(
         here = elements[change.start : change.start + FRAME // width]
         here[change.positions] += change.differences
     return out
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    """NumPy and zlib let other threads run while they work."""
+    return ThreadPoolExecutor(torch.get_num_threads(), "fp8rl-delta")
 
 
 class _Change(NamedTuple):
@@ -178,10 +186,9 @@ def _below(elements: Elements, bound: int) -> npt.NDArray[np.int64]:
 
 def _changed(old: Tensor, now: Tensor, width: int) -> tuple[Positions, Elements]:
     """The elements that differ, and by what: found among those of the words of 8 bytes that do."""
-    was, is_now = _words(old), _words(now)
-    differ = torch.ne(was, is_now)  # on all threads, unlike NumPy's
-    words = np.flatnonzero(differ.numpy())
-    before, after = (t.numpy()[words].view(_UNSIGNED[width]) for t in (was, is_now))
+    was, is_now = _words(old).numpy(), _words(now).numpy()
+    words = np.flatnonzero(was != is_now)
+    before, after = (each[words].view(_UNSIGNED[width]) for each in (was, is_now))
     differences: Elements = after - before
     found = np.flatnonzero(differences)
     per_word = 8 // width
