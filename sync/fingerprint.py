@@ -78,10 +78,10 @@ def finite(tensor: Tensor) -> bool:
 
     Raises ManifestError for another dtype.
     """
-    if tensor.numel() == 0:
-        return True
     values = tensor.detach()
     if values.dtype == torch.float8_e4m3fn:
+        if values.numel() == 0:
+            return True
         signed, unsigned = values.view(torch.int8), values.view(torch.uint8)
         return not (int(signed.amax()) == 0x7F or int(unsigned.amax()) == 0xFF)
     if values.dtype not in _FLOATS:

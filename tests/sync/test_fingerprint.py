@@ -208,7 +208,17 @@ def test_finite_sees_one_nan_anywhere_in_a_large_tensor(dtype: torch.dtype, at: 
     assert not finite(tensor.t())
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_finite_takes_numbers_whose_sum_is_infinite_and_no_numbers_at_all(
+    dtype: torch.dtype,
+) -> None:
+    assert finite(torch.full((99,), torch.finfo(dtype).max).to(dtype))
+    assert finite(torch.zeros(0).to(dtype))
+
+
 def test_finite_refuses_a_dtype_that_it_does_not_know() -> None:
+    with pytest.raises(ManifestError, match="float8_e5m2"):
+        finite(torch.zeros(0).to(torch.float8_e5m2))
     with pytest.raises(ManifestError, match=r"float8_e5m2"):
         finite(torch.zeros(3).to(torch.float8_e5m2))
 
