@@ -146,6 +146,11 @@ class RolloutConfig(Frozen):
     )
     prompts_per_step: PositiveInt = Field(64, description="prompts a step")
     samples_per_prompt: int = Field(8, ge=2, description="size of a GRPO group")
+    segment_tokens: PositiveInt | None = Field(
+        None,
+        description="tokens of a response made at once; one that has not ended goes on under later "
+        "weights; null, or as many as the longest response has: all of them",
+    )
     temperature: PositiveFloat = Field(1.0, description="of sampling and of scoring")
     kv_cache_gib: PositiveFloat = Field(0.25, description="host memory for the KV cache, GiB")
 

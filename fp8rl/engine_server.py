@@ -101,9 +101,16 @@ class EngineServer:
         return self._receivers("kv_state")
 
     def submit(
-        self, prompts: list[list[int]], version: int, sampling: dict[str, Any], seeds: list[int]
+        self,
+        prompts: list[list[int]],
+        version: int,
+        sampling: dict[str, Any],
+        seeds: list[int],
+        max_tokens: list[int] | None = None,
     ) -> int:
         """Begin to sample completions under weights not older than ``version``.
+
+        ``max_tokens``, if given, bounds each prompt's completions in place of ``sampling``'s.
 
         Returns the ticket for which ``collect`` gives them.
 
@@ -113,8 +120,12 @@ class EngineServer:
         from vllm import SamplingParams
 
         self._refuse_if_stale(version)
+        own = max_tokens or [sampling["max_tokens"]] * len(prompts)
         parameters = [
-            SamplingParams(seed=seed, logprobs=0, detokenize=False, **sampling) for seed in seeds
+            SamplingParams(
+                logprobs=0, detokenize=False, **(sampling | {"seed": seed, "max_tokens": bound})
+            )
+            for seed, bound in zip(seeds, own, strict=True)
         ]
         added = self._llm.enqueue(_inputs(prompts), parameters, use_tqdm=False)
         requests = [name.partition("-")[0] for name in added]  # the rest is vLLM's own

@@ -9,8 +9,9 @@ Version v of the policy is the policy after v steps. A step
     correct    TIS or MIS weights for the difference between the two
     train      the clipped GRPO/DAPO loss with these weights -> version v + 1
 
-so nothing is ever sampled from weights older than those being trained. The last version is
-published and evaluated too. Runs on every trainer rank; rank 0 alone talks to the engine.
+so every token is sampled by the weights being trained; or, where ``rollout.segment_tokens`` cuts
+long responses, by those of the step that made it (``segments.py``). The last version is published
+and evaluated too. Runs on every trainer rank; rank 0 alone talks to the engine.
 """
 
 from __future__ import annotations
@@ -122,28 +123,31 @@ def score(run: Session, rollout: RolloutBatch, metrics: Metrics) -> Tensor:
 
 
 def sample(run: Session, version: int, metrics: Metrics) -> RolloutBatch:
-    """Roll out one batch of groups under ``version``; the same tensors on every rank."""
+    """Roll out under ``version`` until a batch of groups has ended; the same on every rank."""
     config, task = run.config.rollout, run.task
     rows = config.prompts_per_step * config.samples_per_prompt
-    make = None
+    mine = None
     if run.engine is not None:
-        prompts = task.train_prompts(version, config.prompts_per_step)
-        sampling = Sampling(
-            max_tokens=task.max_response_tokens,
+        extend = partial(
+            run.engine.extend,
+            version=version,
             stop_token=task.eos_id,
-            samples=config.samples_per_prompt,
             temperature=config.temperature,
         )
-        seed = (run.config.seed << 32) + version * rows  # every response of a run has its own
-        generate = partial(run.engine.generate, version=version, sampling=sampling, seed=seed)
-        make = lambda: rollout_batch(task, prompts, generate(prompts), version)  # noqa: E731
-    made = share(task, rows, make)
-    tokens = int(made.batch.response_mask.sum())
+        mine = rollout_batch(task, run.pool.take(extend, version))
+        metrics |= {
+            "rollout/tokens": run.pool.tokens,
+            "rollout/tokens_per_second": run.pool.tokens / run.elapsed("rollout"),
+            "rollout/segments": run.pool.calls,
+            "rollout/unfinished": run.pool.unfinished,
+        }
+    made = share(task, rows, mine)
+    ages = made.ages(version)[made.batch.response_mask].double()
     metrics |= {
         "reward/train": float(made.rewards.mean()),
-        "rollout/tokens": tokens,
-        "rollout/tokens_per_second": tokens / run.elapsed("rollout"),
-        "response/mean_length": tokens / rows,
+        "response/mean_length": len(ages) / rows,
+        "rollout/mean_age": float(ages.mean()),
+        "rollout/max_age": int(ages.max()),
     }
     return made
 

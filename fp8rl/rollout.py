@@ -85,6 +85,15 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """A sequence to go on with, by ``max_tokens`` tokens at most; its ``seed`` is its own."""
+
+    tokens: tuple[int, ...]
+    max_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How to sample: ``temperature`` 0 is greedy; ``samples`` responses a prompt."""
 
@@ -166,6 +175,36 @@ class RolloutEngine:
         """
         ticket = self.submit(prompts, version=version, sampling=sampling, seed=seed)
         return self.collect(ticket)
+
+    def extend(
+        self, segments: Sequence[Segment], *, version: int, stop_token: int, temperature: float
+    ) -> list[Sample]:
+        """Go on with sequences, each for itself, under weights not older than ``version``.
+
+        Args:
+            segments: what stands there, tokens to come at most, and the seed of these.
+            version: the oldest weight version that may answer.
+            stop_token: ends a sequence, and is part of it.
+            temperature: of sampling.
+
+        Returns:
+            For each segment its new tokens. A sequence is read from its start by the weights that
+            answer, so that a segment is sampled as by an engine that has had no other weights.
+
+        Raises:
+            As ``generate``.
+        """
+        longest = max(segment.max_tokens for segment in segments)
+        sampling = Sampling(max_tokens=longest, stop_token=stop_token, temperature=temperature)
+        ticket: int = self._call(
+            "submit",
+            prompts=[list(segment.tokens) for segment in segments],
+            version=version,
+            sampling=sampling.parameters(),
+            seeds=[segment.seed for segment in segments],
+            max_tokens=[segment.max_tokens for segment in segments],
+        )
+        return [sample for [sample] in self.collect(ticket)]
 
     def submit(
         self, prompts: Sequence[Sequence[int]], *, version: int, sampling: Sampling, seed: int

@@ -6,7 +6,7 @@ width for the whole run, so that ranks other than 0 know every shape without bei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fp8rl.batch import TokenBatch
-from fp8rl.errors import StaleWeightsError
-from fp8rl.rollout import Sample
+from fp8rl.segments import Group
 from fp8rl.task import DigitTask, TokenIds
 
 
@@ -23,13 +22,19 @@ from fp8rl.task import DigitTask, TokenIds
 class RolloutBatch:
     """What a step learns from.
 
-    batch: tokens and response mask [B, S]. logprobs: fp32 [B, S], those the engine sampled with,
-    0 outside the responses. rewards: fp32 [B].
+    batch: tokens and response mask [B, S]. logprobs: fp32 [B, S], those the engine sampled with.
+    versions: int64 [B, S], the weight version that sampled each token. Both are 0 outside the
+    responses. rewards: fp32 [B].
     """
 
     batch: TokenBatch
     logprobs: Tensor
+    versions: Tensor
     rewards: Tensor
+
+    def ages(self, version: int) -> Tensor:
+        """How many versions before ``version`` each token was sampled: int64 [B, S], 0 outside."""
+        return torch.where(self.batch.response_mask, version - self.versions, 0)
 
 
 def width(task: DigitTask) -> int:
@@ -47,52 +52,43 @@ def prompts_batch(task: DigitTask, prompts: Sequence[TokenIds]) -> TokenBatch:
     return _pad(task, [(prompt[:1], prompt[1:]) for prompt in prompts])[0]
 
 
-def rollout_batch(
-    task: DigitTask, prompts: Sequence[TokenIds], groups: Sequence[Sequence[Sample]], version: int
-) -> RolloutBatch:
-    """Samples of ``prompts`` as a batch, with their rewards.
-
-    Raises:
-        StaleWeightsError: a token was sampled by weights other than ``version``.
-    """
-    pairs = [(prompt, s) for prompt, group in zip(prompts, groups, strict=True) for s in group]
-    for prompt, sample in pairs:
-        if set(sample.versions) != {version}:
-            raise StaleWeightsError(
-                f"a sample of {task.decode(prompt)!r} comes from versions "
-                f"{sorted(set(sample.versions))}, expected {version}"
-            )
+def rollout_batch(task: DigitTask, groups: Sequence[Group]) -> RolloutBatch:
+    """Finished groups as a batch, with their rewards."""
+    pairs = [(group.prompt, sample) for group in groups for sample in group.samples]
     batch, mask = _pad(task, [(prompt, sample.tokens) for prompt, sample in pairs])
     logprobs = torch.zeros(mask.shape)
     logprobs[mask] = torch.tensor([lp for _, sample in pairs for lp in sample.logprobs])
+    versions = torch.zeros(mask.shape, dtype=torch.int64)
+    versions[mask] = torch.tensor([v for _, sample in pairs for v in sample.versions])
     rewards = torch.tensor([task.reward(prompt, sample.tokens) for prompt, sample in pairs])
-    return RolloutBatch(batch, logprobs, rewards)
+    return RolloutBatch(batch, logprobs, versions, rewards)
 
 
-def share(task: DigitTask, rows: int, make: Callable[[], RolloutBatch] | None) -> RolloutBatch:
-    """Make the batch on rank 0 and copy it to every rank.
+def share(task: DigitTask, rows: int, made: RolloutBatch | None) -> RolloutBatch:
+    """Copy rank 0's batch to every rank.
 
     Args:
         task: gives the width.
         rows: responses in the batch.
-        make: called on rank 0; None elsewhere.
+        made: the batch on rank 0; None elsewhere.
     """
     shape = (rows, width(task))
-    if make is not None:
-        made = make()
-        parts = [made.batch.tokens, made.batch.response_mask, made.logprobs, made.rewards]
+    if made is not None:
+        parts = [made.batch.tokens, made.batch.response_mask, made.logprobs, made.versions]
+        parts.append(made.rewards)
     else:
         parts = [
             torch.empty(shape, dtype=torch.int64),
             torch.empty(shape, dtype=torch.bool),
             torch.empty(shape),
+            torch.empty(shape, dtype=torch.int64),
             torch.empty(rows),
         ]
     if dist.get_world_size() > 1:
         for part in parts:
             dist.broadcast(part, src=0)
-    tokens, mask, logprobs, rewards = parts
-    return RolloutBatch(TokenBatch(tokens, mask), logprobs, rewards)
+    tokens, mask, logprobs, versions, rewards = parts
+    return RolloutBatch(TokenBatch(tokens, mask), logprobs, versions, rewards)
 
 
 def _pad(

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import torch.distributed as dist
@@ -29,8 +30,9 @@ from fp8rl.report import closing_table, describe, result, write_report
 from fp8rl.rollout import EngineSettings, RolloutEngine
 from fp8rl.rollout_batch import examples_batch, prompts_batch, width
 from fp8rl.run_dir import Metrics, RunDir
+from fp8rl.segments import Bounds, SegmentPool
 from fp8rl.sync.publisher import Publisher
-from fp8rl.task import DigitTask
+from fp8rl.task import DigitTask, TokenIds
 from fp8rl.trainer import MegatronTrainer
 
 
@@ -46,6 +48,7 @@ class Session:
     trainer: MegatronTrainer
     publisher: Publisher
     engine: RolloutEngine | None  # on rank 0 alone
+    pool: SegmentPool  # of the responses begun; stays empty on other ranks
     progress: Progress
     console: Console
     version: int  # the first version to publish
@@ -81,7 +84,9 @@ class Session:
             checkpoint.save(
                 self.folder.checkpoints,
                 version,
-                self.trainer.state() | (self.calibration.state() if self.calibration else {}),
+                self.trainer.state()
+                | self.pool.state()
+                | (self.calibration.state() if self.calibration else {}),
                 rank=self.rank,
                 world_size=self.config.world_size,
                 extra={},
@@ -118,7 +123,8 @@ def open_session(config: RunConfig, *, resume: bool, command: str) -> Iterator[S
         calibration = None
         if config.rollout.precision in FP8_CACHE:
             calibration = _calibration(config, task, trainer, engine)
-        version = _restore(config, folder, trainer, calibration, task, rank, resume, progress)
+        pool = segment_pool(config, task)
+        version = _restore(config, folder, trainer, pool, calibration, task, rank, resume, progress)
         layers = config.model.num_layers if settings.fp8_kv else 0
         with progress.phase("waiting for the rollout engine", timed=False):
             publisher = stack.enter_context(Publisher(settings.plan(), engine, kv_layers=layers))
@@ -132,6 +138,7 @@ def open_session(config: RunConfig, *, resume: bool, command: str) -> Iterator[S
             trainer=trainer,
             publisher=publisher,
             engine=engine,
+            pool=pool,
             progress=progress,
             console=console,
             version=version,
@@ -157,6 +164,29 @@ def engine_settings(config: RunConfig, task: DigitTask) -> EngineSettings:
         kv_cache_bytes=int(config.rollout.kv_cache_gib * 2**30),
         seed=config.seed,
     )
+
+
+def segment_pool(config: RunConfig, task: DigitTask) -> SegmentPool:
+    """The pool from which this run's batches come, empty."""
+    rollout, longest = config.rollout, task.max_response_tokens
+    bounds = Bounds(
+        groups=rollout.prompts_per_step,
+        samples=rollout.samples_per_prompt,
+        segment_tokens=rollout.segment_tokens or longest,
+        max_tokens=longest,
+        stop_token=task.eos_id,
+        seed=config.seed << 32,
+    )
+
+    @lru_cache(maxsize=2)
+    def prompts(step: int) -> list[TokenIds]:
+        return task.train_prompts(step, rollout.prompts_per_step)
+
+    def prompt(draw: int) -> TokenIds:
+        step, place = divmod(draw, rollout.prompts_per_step)
+        return prompts(step)[place]
+
+    return SegmentPool(bounds, prompt)
 
 
 def _calibration(
@@ -192,6 +222,7 @@ def _restore(
     config: RunConfig,
     folder: RunDir,
     trainer: MegatronTrainer,
+    pool: SegmentPool,
     calibration: Calibration | None,
     task: DigitTask,
     rank: int,
@@ -206,10 +237,11 @@ def _restore(
         _warm_up(config, trainer, task, progress)
         return 0
     saved = checkpoint.load(last, rank=rank, world_size=config.world_size)
-    ours = {name for name in saved.tensors if name.startswith("calibration/")}
+    ours = {name for name in saved.tensors if name.startswith(("calibration/", "pool/"))}
     trainer.load_state({n: t for n, t in saved.tensors.items() if n not in ours})
+    pool.load_state(saved.tensors)
     if calibration is not None:
-        calibration.load_state({n: saved.tensors[n] for n in ours})
+        calibration.load_state(saved.tensors)
     if rank == 0:  # steps after the checkpoint are done again
         folder.truncate_metrics(after_step=saved.step - 1)
     progress.message(f"resumed at version {saved.step} from {last}")
