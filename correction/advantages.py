@@ -1,8 +1,9 @@
 """Advantages from groups of samples of one prompt, as in GRPO (arXiv 2402.03300).
 
     A_i = (R_i - mean(R)) / (std(R) + eps)        over the group of sample i, sample std (n - 1)
+    A_i = R_i - mean(R)                           Dr.GRPO (arXiv 2503.20783): normalize=False
 
-Leaves out: value functions, leave-one-out baselines, Dr.GRPO's omission of the std.
+Leaves out: value functions, leave-one-out baselines.
 """
 
 import torch
@@ -13,13 +14,19 @@ from fp8rl.correction.errors import ShapeError, ValueRangeError
 
 
 def group_advantages(
-    rewards: Float[Tensor, " samples"], group_size: int, *, eps: float = 1e-6
+    rewards: Float[Tensor, " samples"],
+    group_size: int,
+    *,
+    normalize: bool = True,
+    eps: float = 1e-6,
 ) -> Float[Tensor, " samples"]:
-    """Normalize rewards within consecutive groups; a group of equal rewards gives exact zeros.
+    """Compare rewards within consecutive groups; a group of equal rewards gives exact zeros.
 
     Args:
         rewards: [groups * group_size], the samples of one prompt standing together.
         group_size: samples a prompt, at least 2.
+        normalize: whether to divide by the group's standard deviation, which makes groups with
+            little spread, the easiest and hardest prompts, count for more.
         eps: added to the standard deviation.
 
     Returns:
@@ -40,8 +47,9 @@ def group_advantages(
         raise ValueRangeError(
             f"rewards: {rewards[first].item()} at [{first}]; expected finite numbers"
         )
-    spread = groups - groups.mean(dim=1, keepdim=True)
-    advantages = spread / (groups.std(dim=1, keepdim=True) + eps)
+    advantages = groups - groups.mean(dim=1, keepdim=True)
+    if normalize:
+        advantages = advantages / (groups.std(dim=1, keepdim=True) + eps)
     # the mean of n equal floats need not be that float, and eps would magnify the rest
     constant = groups.amin(dim=1, keepdim=True) == groups.amax(dim=1, keepdim=True)
     return torch.where(constant, 0.0, advantages).flatten().float()

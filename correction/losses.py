@@ -1,25 +1,34 @@
-"""The clipped policy-gradient loss of GRPO and DAPO, corrected, as a mean over kept tokens.
+"""The policy-gradient loss, corrected, as an average over kept tokens.
 
-    rho_t = exp(log pi(y_t) - log pi_old(y_t))
-    loss  = - sum_t w_t * min(rho_t * A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) * A_t) / N
+    loss = aggregate of  - w_t A_t f_t          f and its settings: objectives.py, losses_config.py
 
-PPO's clip (arXiv 1707.06347) with DAPO's higher upper bound and token mean (arXiv 2503.14476).
-Decoupled: pi_old is the trainer's policy when the batch came, and `w` = pi_old / pi_rollout from
-`correct` bridges to the engine's; the clip never sees the mismatch. `N` is the number of kept
-tokens, so a rejected token is in neither sum. Leaves out: dual clip, KL and entropy terms, other
-aggregations.
+    decoupled   `old_logprobs` are the trainer's when the batch came, and `w` = pi_old / pi_rollout
+                from `correct` bridges to the engine's: the clip never sees the mismatch
+    bypass      `old_logprobs` are the rollout's, and a clipped loss takes weights of ones: its
+                ratio pi / pi_rollout is the correction already; reinforce takes the weights of
+                `correct` for the policy being stepped
+
+What a batch leaves out is known before its first micro-batch in decoupled mode, and `count` of the
+whole batch makes the micro-batches add up. In bypass mode rejection is known only at each
+micro-batch: take sums with `counts=Counts(1, 1)`, add up `LossOutput.counts`, and divide the
+gradient by their `divisor` before the optimizer's step.
+Leaves out: KL to a reference policy, entropy bonus; mastered tokens, which `drop_mastered` takes
+out of `kept` before anything is counted.
 """
 
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fp8rl.correction.aggregation import Counts, _count, aggregate, usable
 from fp8rl.correction.checks import check_shapes, check_values
-from fp8rl.correction.config import PolicyLossConfig
-from fp8rl.correction.errors import ShapeError, ValueRangeError
-from fp8rl.correction.ratios import bounded_exp, masked
+from fp8rl.correction.errors import ShapeError
+from fp8rl.correction.layout import Layout, layout_of
+from fp8rl.correction.losses_config import LossConfig
+from fp8rl.correction.objectives import Objective, objective
+from fp8rl.correction.ratios import masked
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,93 +37,97 @@ class LossOutput:
 
     Attributes:
         loss: scalar in fp32 or wider, with gradient.
-        metrics: name -> scalar tensor without gradient. All were divided by the loss's denominator,
-            so over micro-batches they add up as the loss does; `policy/ratio_max` is a maximum.
+        metrics: name -> scalar tensor without gradient: sums over kept tokens divided by
+            `counts.tokens` as given, so over micro-batches they add up; `policy/ratio_max` is a
+            maximum.
+        counts: those of the batch given here, whatever the loss was divided by.
     """
 
     loss: Float[Tensor, ""]
     metrics: dict[str, Tensor]
+    counts: Counts
 
 
 def policy_loss(
-    config: PolicyLossConfig,
-    logprobs: Float[Tensor, "batch tokens"],
-    old_logprobs: Float[Tensor, "batch tokens"],
-    advantages: Float[Tensor, " batch"] | Float[Tensor, "batch tokens"],
-    weights: Float[Tensor, "batch tokens"],
-    mask: Bool[Tensor, "batch tokens"],
+    config: LossConfig,
+    logprobs: Float[Tensor, "*tokens"],
+    old_logprobs: Float[Tensor, "*tokens"],
+    advantages: Float[Tensor, " batch"] | Float[Tensor, "*tokens"],
+    weights: Float[Tensor, "*tokens"],
+    kept: Bool[Tensor, "*tokens"],
     *,
-    denominator: float | int | Tensor | None = None,
+    counts: Counts | None = None,
+    cu_seqlens: Int[Tensor, " bounds"] | None = None,
 ) -> LossOutput:
-    """Corrected clipped loss; gradient flows through `logprobs` alone.
+    """Corrected loss; gradient flows through `logprobs` alone, and nothing waits for the device.
+
+    All tensors are padded [batch, tokens], or with `cu_seqlens` packed [tokens].
 
     Args:
-        config: the clip range.
-        logprobs: of the policy being stepped, [batch, tokens], with gradient.
-        old_logprobs: of pi_old, the trainer's policy when the batch came, [batch, tokens].
-        advantages: [batch] or [batch, tokens].
-        weights: `Correction.weights`, [batch, tokens].
-        mask: `Correction.kept`, bool [batch, tokens]. If nothing is kept, loss and gradient are 0.
-        denominator: number or 0-d tensor to divide by; default: the kept tokens here. With
-            micro-batches or data parallelism give the count over all of them and *add* the results
-            (DDP averages gradients: multiply the loss by the number of ranks).
+        config: which loss, and how it is aggregated. `mastered` is not looked at here.
+        logprobs: of the policy being stepped, with gradient, nats.
+        old_logprobs: of pi_old, nats; whose that is, says the mode (see above).
+        advantages: one for each sequence [batch], or one for each token.
+        weights: `Correction.weights`, or ones.
+        kept: bool, `Correction.kept`. If nothing is kept, loss and gradient are 0.
+        counts: what to divide by; default: what is kept here. With micro-batches or data
+            parallelism give `count` of all of them and *add* the results (DDP averages gradients:
+            multiply the loss by the number of ranks).
+        cu_seqlens: int [batch + 1], where the packed sequences begin and end.
 
     Raises:
         MaskError, ShapeError: the tensors do not fit together.
         LogProbError: an unmasked log-prob is NaN, infinite or positive.
-        ValueRangeError: unmasked advantages or weights are not finite, or the denominator is not
-            a positive number.
+        ValueRangeError: unmasked advantages or weights are not finite, or a count is not a
+            positive number. (On CUDA, where looking would wait, values make the loss NaN instead.)
     """
-    advantages = _per_token(advantages, mask)
+    layout = layout_of(kept, cu_seqlens)
+    advantages = per_token(advantages, kept, layout)
     logs = {"logprobs": logprobs, "old_logprobs": old_logprobs}
     factors = {"advantages": advantages, "weights": weights}
-    check_shapes(mask, logs | factors)
-    check_values(mask, logprobs=logs, finite=factors)
+    check_shapes(kept, logs | factors)
+    poison = check_values(kept, logprobs=logs, finite=factors)
 
-    ratio = bounded_exp(masked(logprobs, mask) - masked(old_logprobs.detach(), mask))
-    advantage = masked(advantages.detach(), mask)
-    weight = masked(weights.detach(), mask)
-    low, high = 1 - config.clip_low, 1 + config.clip_high
-    # min(...) written out: the clip acts only where it lowers the objective
-    too_high = (advantage > 0) & (ratio > high)
-    too_low = (advantage < 0) & (ratio < low)
-    surrogate = ratio.masked_fill(too_high, high).masked_fill(too_low, low)
-    total = _denominator(denominator, mask, ratio.dtype)
-    loss = -(weight * surrogate * advantage).sum() / total
-    seen = torch.where(mask, ratio.detach(), 0.0)
-    metrics = {
-        "policy/clip_fraction_high": too_high.sum() / total,
-        "policy/clip_fraction_low": too_low.sum() / total,
-        "policy/ratio_mean": seen.sum() / total,
-        "policy/ratio_max": seen.amax(),
-    }
-    return LossOutput(loss=loss, metrics=metrics)
+    new, old = masked(logprobs, kept), masked(old_logprobs.detach(), kept)
+    advantage, weight = masked(advantages.detach(), kept), masked(weights.detach(), kept)
+    found = objective(config, new, old, advantage, kept, layout)
+    own = _count(kept, layout)
+    total = usable(own if counts is None else counts, own, new.dtype)
+    mean = aggregate(config, weight * found.factor * advantage, kept, layout, total)
+    # times 1 or NaN: added, a NaN would not reach the gradient
+    loss = -mean * (1 + poison)
+    kl = (old - new.detach()).sum()
+    return LossOutput(loss, _metrics(found, kl, kept, total), own)
 
 
-def _per_token(advantages: Tensor, mask: Tensor) -> Tensor:
-    """[batch] advantages spread over their rows; [batch, tokens] ones as they are."""
-    if advantages.ndim != 1:
+def per_token(advantages: Tensor, kept: Tensor, layout: Layout) -> Tensor:
+    """Advantages of sequences [batch] spread over their tokens; those of tokens as they are.
+
+    Raises:
+        ShapeError: they are neither.
+    """
+    if advantages.shape == kept.shape:
         return advantages
-    if mask.ndim != 2 or advantages.shape[0] != mask.shape[0]:
-        raise ShapeError(
-            f"advantages: shape {list(advantages.shape)}, expected [batch] or [batch, tokens] "
-            f"of mask's {list(mask.shape)}"
-        )
-    return advantages[:, None].expand(mask.shape)
+    if advantages.shape == (layout.sequences,):
+        return layout.spread(advantages)
+    raise ShapeError(
+        f"advantages: shape {list(advantages.shape)}, expected one for each of the "
+        f"{layout.sequences} sequences or for each token {list(kept.shape)}"
+    )
 
 
-def _denominator(given: float | int | Tensor | None, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What to divide by, as a 0-d tensor; 1 where nothing is kept, for 0 / 0 is meant to be 0."""
-    kept = mask.sum()
-    if given is None:
-        return kept.clamp(min=1).to(dtype)
-    total = torch.as_tensor(given, dtype=dtype, device=mask.device).detach()
-    if total.ndim:
-        raise ShapeError(f"denominator: shape {list(total.shape)}, expected a number")
-    empty = kept == 0
-    if not (empty | (torch.isfinite(total) & (total > 0))):
-        raise ValueRangeError(
-            f"denominator: {total.item()}, expected a positive number: the kept tokens of all "
-            "micro-batches and ranks together"
-        )
-    return torch.where(empty, 1.0, total)
+@torch.no_grad()
+def _metrics(found: Objective, kl: Tensor, kept: Tensor, total: Counts) -> dict[str, Tensor]:
+    """Fractions and means over kept tokens; veRL's names where it has them."""
+    seen = torch.where(kept, found.ratio, 0.0)
+    # ratios are spread over a sequence, so bounds are compared at rejected tokens too
+    high, low, dual = ((x & kept).sum() / total.tokens for x in (found.high, found.low, found.dual))
+    return {
+        "policy/clip_fraction_high": high,
+        "policy/clip_fraction_low": low,
+        "policy/ratio_mean": seen.sum() / total.tokens,
+        "policy/ratio_max": seen.amax(),
+        "actor/pg_clipfrac": high + low,
+        "actor/pg_clipfrac_lower": dual,
+        "actor/ppo_kl": kl / total.tokens,
+    }
