@@ -127,7 +127,8 @@ class SegmentPool:
         """Take over what ``state`` returned."""
         lengths = state["pool/lengths"].tolist()
         fields = (
-            state[f"pool/{name}"].split(lengths) for name in ("tokens", "logprobs", "versions")
+            torch.split(state[f"pool/{name}"], lengths)
+            for name in ("tokens", "logprobs", "versions")
         )
         samples = [
             Sample(*(tuple(part.tolist()) for part in parts)) for parts in zip(*fields, strict=True)
