@@ -1,59 +1,112 @@
-"""Configuration of the correction and of the loss: frozen records, told apart by `kind`.
+"""The configuration of the correction, and veRL's presets of it by their names.
 
-    correction: {kind: tis, level: token, cap: 2.0}
+    decoupled   three policies: the loss's ratio is pi / pi_old, its weights are pi_old / pi_rollout
+    bypass      two policies: pi_old = pi_rollout, so that the loss's ratio is pi / pi_rollout;
+                stages look at pi / pi_rollout, of the policy being stepped
 
-Bounds are bounds on the importance ratio `r = p_train / p_rollout` itself, never on `1 / r` or on
-its logarithm.
+In bypass mode a clipped loss takes no weights, for its ratio is the correction already;
+`check_bypass` refuses what would count the mismatch twice.
 """
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import model_validator
 
-Level = Literal["token", "sequence", "geometric"]
+from fp8rl.correction.losses_config import LossConfig
+from fp8rl.correction.stages import (
+    TIS,
+    Frozen,
+    IcePop,
+    Reject,
+    Stage,
+    Weighting,
+    check_stages,
+)
 
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class NoCorrection(_Frozen):
-    """Every token has weight 1; the mismatch is still measured."""
-
-    kind: Literal["none"] = "none"
-
-
-class TIS(_Frozen):
-    """Truncated importance sampling: weight `min(r, cap)`."""
-
-    kind: Literal["tis"] = "tis"
-    level: Level = "token"
-    cap: float = Field(default=2.0, gt=0)
+Mode = Literal["decoupled", "bypass"]
 
 
-class MIS(_Frozen):
-    """Masked importance sampling: weight `r` inside `[low, high]`, outside the token is dropped."""
+class CorrectionConfig(Frozen):
+    """What is done about the difference between sampler and trainer; default token-level TIS.
 
-    kind: Literal["mis"] = "mis"
-    level: Level = "token"
-    low: float = Field(default=0.5, ge=0)
-    high: float = Field(default=2.0, gt=0)
+    `preset` is a name of `PRESETS` and stands for mode and stages; give one or the other.
+    """
+
+    mode: Mode = "decoupled"
+    stages: tuple[Stage, ...] = (TIS(),)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_preset(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping) or "preset" not in value:
+            return value
+        name = value["preset"]
+        if len(value) > 1:
+            other = ", ".join(sorted(set(value) - {"preset"}))
+            raise ValueError(f"preset {name!r} stands for mode and stages; leave out {other}")
+        if name not in PRESETS:
+            raise ValueError(f"preset {name!r} is not one of {', '.join(PRESETS)}")
+        return PRESETS[name].model_dump()
 
     @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.low >= self.high:
-            raise ValueError(
-                f"low = {self.low} and high = {self.high}: low must be below high; "
-                "both bound the ratio p_train / p_rollout"
-            )
+    def _stages_fit(self) -> Self:
+        check_stages(self.stages)
         return self
 
 
-CorrectionConfig = Annotated[NoCorrection | TIS | MIS, Field(discriminator="kind")]
+def check_bypass(correction: CorrectionConfig, loss: LossConfig) -> None:
+    """Refuse weights in a loss whose ratio corrects already.
+
+    Raises:
+        ValueError: bypass mode, a stage that gives weights, and a loss other than reinforce.
+    """
+    if correction.mode != "bypass" or loss.kind == "reinforce":
+        return
+    for stage in correction.stages:
+        if isinstance(stage, Weighting):
+            raise ValueError(
+                f"correction.mode is bypass and loss.kind is {loss.kind}, whose ratio is "
+                f"pi / pi_rollout already: the weights of {stage.kind} would correct twice; use "
+                "loss.kind=reinforce, mode=decoupled, or only reject and veto"
+            )
 
 
-class PolicyLossConfig(_Frozen):
-    """Clip range `[1 - clip_low, 1 + clip_high]` of the policy ratio; the defaults are DAPO's."""
+def _decoupled(*stages: Stage) -> CorrectionConfig:
+    return CorrectionConfig(mode="decoupled", stages=stages)
 
-    clip_low: float = Field(default=0.2, ge=0, lt=1)
-    clip_high: float = Field(default=0.28, ge=0)
+
+def _bypass(*stages: Stage) -> CorrectionConfig:
+    return CorrectionConfig(mode="bypass", stages=stages)
+
+
+_TOKEN, _SEQUENCE = TIS(level="token", cap=2.0), TIS(level="sequence", cap=2.0)
+_GEO = Reject(divergence="k1", level="seq_mean", low=0.999, high=1.001)
+_K3 = Reject(divergence="k3", level="seq_mean", high=0.01)
+
+# Names and values of veRL's RolloutCorrectionConfig. `bypass_pg_*` go with loss.kind=reinforce.
+PRESETS: Mapping[str, CorrectionConfig] = MappingProxyType(
+    {
+        "disabled": _decoupled(),
+        "decoupled_token_is": _decoupled(_TOKEN),
+        "decoupled_seq_is": _decoupled(_SEQUENCE),
+        "decoupled_token_icepop": _decoupled(IcePop(level="token", low=0.5, high=5.0)),
+        "decoupled_seq_is_rs": _decoupled(
+            Reject(divergence="k1", level="seq_sum", low=0.5, high=2.0), _SEQUENCE
+        ),
+        "decoupled_geo_rs": _decoupled(_GEO),
+        "decoupled_geo_rs_seq_tis": _decoupled(_GEO, _SEQUENCE),
+        "decoupled_geo_rs_token_tis": _decoupled(_GEO, _TOKEN),
+        "decoupled_k3_rs": _decoupled(_K3),
+        "decoupled_k3_rs_seq_tis": _decoupled(_K3, _SEQUENCE),
+        "decoupled_k3_rs_token_tis": _decoupled(_K3, _TOKEN),
+        "bypass_ppo_clip": _bypass(),
+        "bypass_ppo_clip_geo_rs": _bypass(_GEO),
+        "bypass_ppo_clip_k3_rs": _bypass(_K3),
+        "bypass_pg_is": _bypass(_SEQUENCE),
+        "bypass_pg_geo_rs": _bypass(_GEO),
+        "bypass_pg_geo_rs_seq_tis": _bypass(_GEO, _SEQUENCE),
+        "bypass_pg_geo_rs_token_tis": _bypass(_GEO, _TOKEN),
+    }
+)

@@ -1,168 +1,145 @@
 """How far rollout and training policies are apart, and what the correction did about it.
 
-With `lr = log p_train - log p_rollout` and `r = exp(lr)`, over unmasked tokens sampled by the
-rollout policy, always from the raw ratios, before anything is truncated:
+With `lr = log p_train - log p_rollout`, `r = exp(lr)`, over unmasked tokens sampled by the rollout
+policy; veRL's names and definitions where it has them, all under `rollout_corr/`:
 
-    k1 = mean(-lr)    k3 = mean(r - 1 - lr)    both estimate KL(rollout || train); k3 is >= 0
-    exp_abs_diff = mean(exp(|lr|))             NeMo-RL's "token multiplicative probability error"
-    ess = (sum r)^2 / (n * sum r^2)            effective sample size as a fraction, in (0, 1]
-    ppl = exp(-mean(log p))                    over tokens, for each policy
+    kl = mean(-lr), k3_kl = mean(r - 1 - lr)       both estimate KL(rollout || train); k3 is >= 0
+    chi2_token = mean(r^2) - 1                     chi2_seq: of sequence ratios, over sequences
+    training_ppl, rollout_ppl = mean over sequences of exp(-mean log p); ppl_ratio = mean of ratios
+    token_mult_prob_error = mean(exp |lr|)         NeMo-RL's
+    rollout_is_*: of the weights as applied, over kept tokens; rollout_is_raw_*: of the ratios at
+        the weighting's level before truncation, over all tokens
+    eff_sample_size = (sum w)^2 / (n sum w^2)      in (0, 1]; 0 only if every weight is 0
+    ratio_fraction_high, _low: share of tokens whose raw ratio is out of the weighting's bounds
+    rollout_rs_*masked_fraction: share of tokens, or sequences touched, that left the loss
 
 k1 and k3 are Schulman's estimators (joschu.net/blog/kl-approx.html). Exponents are clamped to +-20:
-every number is finite. Leaves out: reduction over ranks, buckets by position or age.
+every number is finite. Under `training/` are the probabilities' own: difference and correlation.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
+from fp8rl.correction.errors import LogProbError, MaskError
+from fp8rl.correction.stages import Rejection, Stage
+from fp8rl.correction.statistics import Statistics
 
-from fp8rl.correction.checks import check_shapes, check_values
-from fp8rl.correction.config import TIS, CorrectionConfig
-from fp8rl.correction.errors import MaskError
-from fp8rl.correction.ratios import LOG_RATIO_LIMIT, bounded_exp, log_ratios, masked
-from fp8rl.correction.weights import Correction
+PREFIX = "rollout_corr/"
 
 
-@dataclass(frozen=True)
-class MismatchSums:
-    """Sums over tokens from which the metrics follow; `a + b` is that of both batches together."""
-
-    tokens: float
-    log_ratio: float
-    k3: float
-    exp_abs_diff: float
-    ratio: float
-    ratio_squared: float
-    train_logprob: float
-    rollout_logprob: float
-    max_abs_diff: float
-    ratio_min: float
-    ratio_max: float
-
-    def __add__(self, other: "MismatchSums") -> "MismatchSums":
-        """Both batches' sums, and the extremes of either."""
-        return MismatchSums(
-            tokens=self.tokens + other.tokens,
-            log_ratio=self.log_ratio + other.log_ratio,
-            k3=self.k3 + other.k3,
-            exp_abs_diff=self.exp_abs_diff + other.exp_abs_diff,
-            ratio=self.ratio + other.ratio,
-            ratio_squared=self.ratio_squared + other.ratio_squared,
-            train_logprob=self.train_logprob + other.train_logprob,
-            rollout_logprob=self.rollout_logprob + other.rollout_logprob,
-            max_abs_diff=max(self.max_abs_diff, other.max_abs_diff),
-            ratio_min=min(self.ratio_min, other.ratio_min),
-            ratio_max=max(self.ratio_max, other.ratio_max),
-        )
-
-    def metrics(self) -> dict[str, float]:
-        """The `mismatch/...` metrics of these tokens.
-
-        Raises:
-            MaskError: there were none.
-        """
-        n = self.tokens
-        if n == 0:
-            raise MaskError("mask: selects no token, so there is no mismatch to measure")
-        mean, mean_square = self.ratio / n, self.ratio_squared / n
-        return {
-            "mismatch/k1": -self.log_ratio / n,
-            "mismatch/k3": self.k3 / n,
-            "mismatch/exp_abs_diff": self.exp_abs_diff / n,
-            "mismatch/max_abs_diff": self.max_abs_diff,
-            # at most 1 by Cauchy-Schwarz; min() takes the last rounding
-            "mismatch/ess": min(1.0, mean**2 / mean_square),
-            "mismatch/ratio_mean": mean,
-            "mismatch/ratio_std": math.sqrt(max(0.0, mean_square - mean**2)),
-            "mismatch/ratio_min": self.ratio_min,
-            "mismatch/ratio_max": self.ratio_max,
-            "mismatch/rollout_ppl": math.exp(min(-self.rollout_logprob / n, LOG_RATIO_LIMIT)),
-            "mismatch/train_ppl": math.exp(min(-self.train_logprob / n, LOG_RATIO_LIMIT)),
-        }
-
-
-@torch.no_grad()
-def mismatch_sums(
-    train_logprobs: Float[Tensor, "batch tokens"],
-    rollout_logprobs: Float[Tensor, "batch tokens"],
-    mask: Bool[Tensor, "batch tokens"],
-) -> MismatchSums:
-    """The sums of one micro-batch; may have no unmasked token. Arguments and errors: `correct`."""
-    logprobs = {"train_logprobs": train_logprobs, "rollout_logprobs": rollout_logprobs}
-    check_shapes(mask, logprobs)
-    check_values(mask, logprobs=logprobs)
-    # fp64: k3 is a small difference of numbers near 1
-    train, rollout = masked(train_logprobs.double(), mask), masked(rollout_logprobs.double(), mask)
-    lr = log_ratios(train, rollout, mask)
-    ratio, absolute = masked(bounded_exp(lr), mask), lr.abs()
-    capped = lr.clamp(max=LOG_RATIO_LIMIT)
-    values = [
-        mask.sum().double(),
-        lr.sum(),
-        (torch.expm1(capped) - capped).sum(),
-        masked(bounded_exp(absolute), mask).sum(),
-        ratio.sum(),
-        ratio.square().sum(),
-        train.sum(),
-        rollout.sum(),
-        absolute.amax(),
-        torch.where(mask, ratio, torch.inf).amin(),
-        ratio.amax(),
-    ]
-    return MismatchSums(*torch.stack(values).tolist())
-
-
-def mismatch_metrics(
-    train_logprobs: Float[Tensor, "batch tokens"],
-    rollout_logprobs: Float[Tensor, "batch tokens"],
-    mask: Bool[Tensor, "batch tokens"],
-) -> dict[str, float]:
-    """The `mismatch/...` metrics of one batch; for micro-batches add up `mismatch_sums` instead.
+def correction_metrics(stages: Sequence[Stage], statistics: Statistics) -> dict[str, float]:
+    """The metrics that these statistics stand for; waits for the device once.
 
     Raises:
-        MaskError: the mask is not usable or selects no token.
-        ShapeError, LogProbError: as for `correct`.
+        MaskError: there were no tokens.
+        LogProbError: a log-prob was unusable.
     """
-    return mismatch_sums(train_logprobs, rollout_logprobs, mask).metrics()
+    sums, maxima = statistics.read()
+    for name in ("train", "rollout"):
+        if sums[f"unusable_{name}"]:
+            raise LogProbError(
+                f"{name}_logprobs: an unmasked value is NaN, infinite or positive; expected finite "
+                "log-probabilities (at most 0): mask positions that were not sampled, and pass "
+                "log-probs of the sampled tokens"
+            )
+    if sums["tokens"] == 0:
+        raise MaskError("mask: selects no token, so there is no mismatch to measure")
+    named = _divergences(sums, maxima) | _perplexities(sums, maxima)
+    named |= _weights(sums, maxima) | _rejections(stages, sums)
+    return {PREFIX + name: value for name, value in named.items()} | _probabilities(sums, maxima)
 
 
-@torch.no_grad()
-def correction_metrics(
-    config: CorrectionConfig, correction: Correction, mask: Bool[Tensor, "batch tokens"]
-) -> dict[str, float]:
-    """The `correction/...` metrics: means over unmasked tokens, a rejected one weighing 0.
-
-    Micro-batches combine as means weighted by `mask.sum()`.
-
-    Args:
-        config: what `correction` was made with.
-        correction: from `correct`.
-        mask: the mask that `correct` was given, bool [batch, tokens].
-
-    Raises:
-        MaskError: the mask is not usable or selects no token.
-        ShapeError: the mask is not of the correction's shape.
-    """
-    check_shapes(mask, {"correction.weights": correction.weights})
-    truncated = correction.weights < correction.ratios if isinstance(config, TIS) else ~mask
-    values = [
-        mask.sum(),
-        (truncated & mask).sum(),
-        (mask & ~correction.kept).sum(),
-        masked(correction.weights, mask).sum(dtype=torch.float64),
-        masked(correction.ratios, mask).sum(dtype=torch.float64),
-    ]
-    tokens, n_truncated, n_rejected, weight, raw = torch.stack(
-        [v.double() for v in values]
-    ).tolist()
-    if tokens == 0:
-        raise MaskError("mask: selects no token, so there is no correction to measure")
+def _divergences(sums: dict[str, float], maxima: dict[str, float]) -> dict[str, float]:
+    n = sums["tokens"]
     return {
-        "correction/truncated_fraction": n_truncated / tokens,
-        "correction/rejected_fraction": n_rejected / tokens,
-        "correction/weight_mean": weight / tokens,
-        "correction/raw_weight_mean": raw / tokens,
+        "kl": -sums["log_ratio"] / n,
+        "k3_kl": sums["k3"] / n,
+        "chi2_token": (2 * sums["deviation"] + sums["deviation_squared"]) / n,
+        "chi2_seq": sums["squared_sequence_ratio"] / sums["sequences"] - 1,
+        "token_mult_prob_error": sums["exp_abs"] / n,
+        "log_ratio_abs_max": maxima["abs_log_ratio"],
     }
+
+
+def _perplexities(sums: dict[str, float], maxima: dict[str, float]) -> dict[str, float]:
+    n = sums["sequences"]
+    return {
+        "training_ppl": sums["train_ppl"] / n,
+        "training_log_ppl": sums["train_log_ppl"] / n,
+        "rollout_ppl": sums["rollout_ppl"] / n,
+        "rollout_log_ppl": sums["rollout_log_ppl"] / n,
+        "log_ppl_diff": sums["log_ppl_diff"] / n,
+        "log_ppl_abs_diff": sums["log_ppl_abs_diff"] / n,
+        "log_ppl_diff_max": maxima["log_ppl_diff"],
+        "log_ppl_diff_min": -maxima["negative_log_ppl_diff"],
+        "ppl_ratio": sums["ppl_ratio"] / n,
+    }
+
+
+def _weights(sums: dict[str, float], maxima: dict[str, float]) -> dict[str, float]:
+    tokens, kept = sums["tokens"], sums["kept"]
+    named = {
+        "rollout_is_ratio_fraction_high": sums["raw_high"] / tokens,
+        "rollout_is_ratio_fraction_low": sums["raw_low"] / tokens,
+    }
+    named |= _moments(
+        "rollout_is_raw", tokens, sums["raw_deviation"], sums["raw_deviation_squared"]
+    )
+    named |= {
+        "rollout_is_raw_max": maxima["raw"],
+        "rollout_is_raw_min": -maxima["negative_raw"],
+    }
+    if kept == 0:  # nothing is left to describe
+        return named
+    named |= _moments(
+        "rollout_is", kept, sums["weight_deviation"], sums["weight_deviation_squared"]
+    )
+    return named | {
+        "rollout_is_max": maxima["weight"],
+        "rollout_is_min": -maxima["negative_weight"],
+    }
+
+
+def _moments(name: str, n: float, deviation: float, squared: float) -> dict[str, float]:
+    """Mean, standard deviation and effective sample size of `n` numbers near 1."""
+    first = deviation / n
+    mean, variance = 1 + first, max(0.0, squared / n - first**2)
+    second = variance + mean**2
+    return {
+        f"{name}_mean": mean,
+        f"{name}_std": math.sqrt(variance),
+        f"{name}_eff_sample_size": mean**2 / second if second > 0 else 0.0,
+    }
+
+
+def _rejections(stages: Sequence[Stage], sums: dict[str, float]) -> dict[str, float]:
+    tokens, sequences = sums["tokens"], sums["sequences"]
+    named = {
+        "rollout_rs_masked_fraction": (tokens - sums["kept"]) / tokens,
+        "rollout_rs_seq_masked_fraction": sums["touched_sequences"] / sequences,
+    }
+    for stage in stages:
+        if isinstance(stage, Rejection):
+            name = f"rollout_rs_{stage.name}"
+            named[f"{name}_masked_fraction"] = sums[f"{stage.name}_tokens"] / tokens
+            named[f"{name}_seq_masked_fraction"] = sums[f"{stage.name}_sequences"] / sequences
+    return named
+
+
+def _probabilities(sums: dict[str, float], maxima: dict[str, float]) -> dict[str, float]:
+    """Of p_train and p_rollout of the sampled tokens; the correlation of a constant is absent."""
+    n = sums["tokens"]
+    mean = sums["prob_diff"] / n
+    named = {
+        "training/rollout_probs_diff_max": maxima["prob_diff"],
+        "training/rollout_probs_diff_mean": mean,
+        "training/rollout_probs_diff_std": math.sqrt(
+            max(0.0, sums["prob_diff_squared"] / n - mean**2)
+        ),
+    }
+    p, q = sums["p"] / n, sums["q"] / n
+    variances = (sums["pp"] / n - p**2) * (sums["qq"] / n - q**2)
+    if variances > 1e-20:
+        correlation = (sums["pq"] / n - p * q) / math.sqrt(variances)
+        named["training/rollout_actor_probs_pearson_corr"] = max(-1.0, min(1.0, correlation))
+    return named

@@ -2,20 +2,22 @@
 
     lr_t = log p_train(y_t) - log p_rollout(y_t)          (0 where masked)
     token:      r_t = exp(lr_t)
-    sequence:   r_t = exp(sum over the row's unmasked tokens of lr)
-    geometric:  r_t = exp(mean over the row's unmasked tokens of lr)
+    sequence:   r_t = exp(sum over the sequence's unmasked tokens of lr)
+    geometric:  r_t = exp(mean over the sequence's unmasked tokens of lr)
 
 `p_rollout` is the probability the engine sampled with: processed log-probs, after temperature and
 top-k. The exponent is clamped to +-20, so a ratio lies in [2.1e-9, 4.9e8] and is always finite.
 Masked positions are replaced before any arithmetic, so a NaN there is never read.
-Sequence and geometric ratios are those of GSPO (arXiv 2507.18071). Leaves out: packed inputs.
+Sequence and geometric ratios are those of GSPO (arXiv 2507.18071).
 """
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fp8rl.correction.config import Level
+from fp8rl.correction.checks import check_shapes, check_values
+from fp8rl.correction.layout import Layout, layout_of
+from fp8rl.correction.stages import Level
 
 LOG_RATIO_LIMIT = 20.0
 
@@ -31,31 +33,38 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, wide, 0.0)  # not x * mask: NaN * 0 is NaN
 
 
-def log_ratios(
-    train_logprobs: Float[Tensor, "batch tokens"],
-    rollout_logprobs: Float[Tensor, "batch tokens"],
-    mask: Bool[Tensor, "batch tokens"],
-) -> Float[Tensor, "batch tokens"]:
-    """Token log-ratios `log p_train - log p_rollout` [batch, tokens], unclamped, 0 where masked."""
-    return masked(train_logprobs, mask) - masked(rollout_logprobs, mask)
+def sequence_log_ratios(log_ratio: Tensor, layout: Layout) -> Tensor:
+    """Sums of log-ratios over sequences, fp64 [batch]: in fp32 huge ones of both signs give NaN."""
+    return layout.sum(log_ratio.double())
 
 
+def mean_of_tokens(sums: Tensor, tokens: Tensor) -> Tensor:
+    """A sequence's sum over its tokens as a mean; 0 for a sequence without tokens."""
+    return sums / tokens.clamp(min=1)
+
+
+@torch.no_grad()
 def importance_ratios(
-    log_ratio: Float[Tensor, "batch tokens"],
-    mask: Bool[Tensor, "batch tokens"],
     level: Level,
-) -> Float[Tensor, "batch tokens"]:
-    """Ratios at `level`, one for each token (a row's tokens share theirs), 1 where masked.
+    train_logprobs: Float[Tensor, "*tokens"],
+    rollout_logprobs: Float[Tensor, "*tokens"],
+    mask: Bool[Tensor, "*tokens"],
+    *,
+    cu_seqlens: Int[Tensor, " bounds"] | None = None,
+) -> Float[Tensor, "*tokens"]:
+    """Raw ratios at `level`, one for each token (a sequence's tokens share theirs), 1 where masked.
 
-    Args:
-        log_ratio: from `log_ratios`, [batch, tokens], 0 where masked.
-        mask: bool [batch, tokens].
-        level: "token", "sequence" (sum) or "geometric" (mean).
+    To look at: `correct` never holds them whole. Arguments, shapes and errors are those of
+    `correct`.
     """
+    layout = layout_of(mask, cu_seqlens)
+    logprobs = {"train_logprobs": train_logprobs, "rollout_logprobs": rollout_logprobs}
+    check_shapes(mask, logprobs)
+    poison = check_values(mask, logprobs=logprobs)
+    log_ratio = masked(train_logprobs, mask) - masked(rollout_logprobs, mask)
     if level != "token":
-        # fp64 sum: huge log-ratios of both signs would overflow to NaN in fp32
-        row = log_ratio.sum(dim=1, keepdim=True, dtype=torch.float64)
+        row = sequence_log_ratios(log_ratio, layout)
         if level == "geometric":
-            row = row / mask.sum(dim=1, keepdim=True).clamp(min=1)
-        log_ratio = row.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).to(log_ratio.dtype)
-    return torch.where(mask, bounded_exp(log_ratio), 1.0)
+            row = mean_of_tokens(row, layout.sum(mask.double()))
+        log_ratio = layout.spread(row)
+    return torch.where(mask, bounded_exp(log_ratio) + poison, 1.0).to(torch.float32)

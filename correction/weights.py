@@ -1,71 +1,187 @@
 """Importance weights that correct a loss for the mismatch of rollout and training policies.
 
-    none: w = 1          TIS: w = min(r, cap)          MIS: w = r if low <= r <= high, else dropped
+    tis: w = min(r, cap)     mis: w = r if low <= r <= high, else dropped
+    icepop: w = r if low <= r <= high, else 0        no weighting stage: w = 1
 
-TIS is from "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training" (Yao et al.,
-2025) and arXiv 2601.18150; MIS, its masked form, drops a token instead of bending its weight.
-A dropped token leaves `kept`, and so the loss's denominator. A ratio that overflows saturates at
-the cap. Leaves out: rejection by KL, bands, batch normalization of the weights.
+with the ratios of `ratios.py` and the stages of `stages.py`. A dropped token leaves `kept`, and so
+the loss's denominator. A ratio that overflows saturates at the cap. Everything is done in one pass
+over parts of whole sequences that fit the caches, in which the metrics are counted too; only the
+rescaling stages, which need the batch's mean first, touch the weights a second time.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+import torch.distributed as dist
+from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor
 
-from fp8rl.correction.checks import check_shapes, check_values
-from fp8rl.correction.config import MIS, TIS, CorrectionConfig, Level
-from fp8rl.correction.ratios import importance_ratios, log_ratios
+from fp8rl.correction.checks import check_shapes, raise_first, waits
+from fp8rl.correction.counting import PartStatistics
+from fp8rl.correction.errors import LogProbError
+from fp8rl.correction.layout import Layout, layout_of
+from fp8rl.correction.metrics import correction_metrics
+from fp8rl.correction.ratios import (
+    LOG_RATIO_LIMIT,
+    bounded_exp,
+    masked,
+    mean_of_tokens,
+    sequence_log_ratios,
+)
+from fp8rl.correction.rejection import TokenLogRatios, kept_by
+from fp8rl.correction.rescaling import rescale
+from fp8rl.correction.stages import (
+    MIS,
+    TIS,
+    IcePop,
+    Rejection,
+    Rescaling,
+    Stage,
+    Weighting,
+    check_stages,
+)
+from fp8rl.correction.statistics import Statistics, total
 
 
 @dataclass(frozen=True, eq=False)
 class Correction:
-    """What the loss needs, and the raw ratios beside it; all [batch, tokens], none with gradient.
+    """What the loss needs, and what was counted on the way; nothing carries gradient.
 
     Attributes:
-        weights: fp32; 0 wherever `kept` is False.
-        kept: bool; the tokens that count in the loss and in its denominator.
-        ratios: fp32; the ratios at the correction's level before truncation, 1 where masked.
+        weights: fp32 like mask; 0 wherever `kept` is False.
+        kept: bool like mask; the tokens that count in the loss and in its denominator.
+        statistics: of this rank's tokens; those of micro-batches add up.
+        stages: what it was made with.
     """
 
-    weights: Float[Tensor, "batch tokens"]
-    kept: Bool[Tensor, "batch tokens"]
-    ratios: Float[Tensor, "batch tokens"]
+    weights: Float32[Tensor, "*tokens"]
+    kept: Bool[Tensor, "*tokens"]
+    statistics: Statistics
+    stages: tuple[Stage, ...]
+
+    def metrics(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
+        """The `rollout_corr/...` metrics (`metrics.py`); of all ranks of `group`, exactly.
+
+        Raises:
+            MaskError: the mask selects no token.
+            LogProbError: on CUDA, or compiled, a log-prob was NaN, infinite or positive; on a CPU
+                `correct` has said so already.
+        """
+        return correction_metrics(self.stages, self.statistics.reduced(group))
 
 
+@torch.no_grad()
 def correct(
-    config: CorrectionConfig,
-    train_logprobs: Float[Tensor, "batch tokens"],
-    rollout_logprobs: Float[Tensor, "batch tokens"],
-    mask: Bool[Tensor, "batch tokens"],
+    stages: Sequence[Stage],
+    train_logprobs: Float[Tensor, "*tokens"],
+    rollout_logprobs: Float[Tensor, "*tokens"],
+    mask: Bool[Tensor, "*tokens"],
+    *,
+    cu_seqlens: Int[Tensor, " bounds"] | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Correction:
     """Weigh every unmasked token by what the learning policy thinks of it against the sampler.
 
     Args:
-        config: `NoCorrection`, `TIS` or `MIS`.
-        train_logprobs: the trainer's log-probs of the sampled tokens, [batch, tokens], nats; of
-            the policy as it was when the batch came (pi_old), not of the one being stepped.
-        rollout_logprobs: the engine's, with which it sampled; [batch, tokens], nats.
-        mask: bool [batch, tokens], True for sampled tokens. An entirely masked batch is fine.
+        stages: what to do, in order; none leaves every weight 1 and measures.
+        train_logprobs: the trainer's log-probs of the sampled tokens, [batch, tokens] or packed
+            [tokens], nats. Decoupled: of the policy as it was when the batch came (pi_old); bypass:
+            of the policy being stepped.
+        rollout_logprobs: the engine's, with which it sampled; like `train_logprobs`.
+        mask: bool like `train_logprobs`, True for sampled tokens; may be False everywhere.
+        cu_seqlens: int [batch + 1] of a packed batch, from 0 to tokens.
+        group: process group over whose ranks rescaling stages take their means; without one they
+            are this call's, so give whole batches, not micro-batches.
 
     Raises:
         MaskError, ShapeError: the tensors do not fit together.
-        LogProbError: an unmasked log-prob is NaN, infinite or positive.
+        LogProbError: an unmasked log-prob is NaN, infinite or positive. On CUDA, where that cannot
+            be known without waiting, the weights are NaN instead and `metrics` raises.
+        ValueError: two stages that give weights, or a rescaling before one (`check_stages`).
     """
+    check_stages(stages)
+    layout = layout_of(mask, cu_seqlens)
     logprobs = {"train_logprobs": train_logprobs, "rollout_logprobs": rollout_logprobs}
     check_shapes(mask, logprobs)
-    check_values(mask, logprobs=logprobs)
-    level: Level = config.level if isinstance(config, TIS | MIS) else "token"
-    with torch.no_grad():
-        log_ratio = log_ratios(train_logprobs, rollout_logprobs, mask)
-        ratios = importance_ratios(log_ratio, mask, level).float()
-        kept, weights = mask, ratios
-        match config:
-            case TIS():
-                weights = ratios.clamp(max=config.cap)
-            case MIS():
-                kept = mask & (ratios >= config.low) & (ratios <= config.high)
-            case _:
-                weights = torch.ones_like(ratios)
-        return Correction(weights=torch.where(kept, weights, 0.0), kept=kept, ratios=ratios)
+    weights = torch.empty(mask.shape, dtype=torch.float32, device=mask.device)
+    kept = torch.empty_like(mask)
+    counted = []
+    for where, part in layout.parts():
+        out = weights[where], kept[where]
+        tensors = train_logprobs[where], rollout_logprobs[where], mask[where]
+        counted.append(_correct_part(stages, part, *tensors, *out))
+    statistics = total(counted)
+    if not waits(mask.device) and statistics.sum("unusable") > 0:
+        raise_first(mask, logprobs, {})
+        raise LogProbError("train_logprobs, rollout_logprobs: changed while they were read")
+    for stage in stages:
+        if isinstance(stage, Rescaling):
+            statistics = rescale(stage, weights, kept, statistics, group)
+    return Correction(weights, kept, statistics, tuple(stages))
+
+
+def _correct_part(
+    stages: Sequence[Stage],
+    layout: Layout,
+    train_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    mask: Tensor,
+    weights: Tensor,
+    kept: Tensor,
+) -> Statistics:
+    """Fill `weights` and `kept` of a few sequences and count them."""
+    counting = PartStatistics(layout, mask)
+    train, rollout = masked(train_logprobs, mask), masked(rollout_logprobs, mask)
+    lr = train - rollout
+    sums, tokens = sequence_log_ratios(lr, layout), layout.count(mask)
+    lr.clamp_(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    ratio, deviation = lr.exp(), lr.expm1()
+    token_lr = TokenLogRatios(lr, deviation - lr, sums, tokens)
+    counting.policies(train, rollout, token_lr)
+    counting.tokens(token_lr, deviation)
+
+    keep = mask
+    for stage in stages:
+        if isinstance(stage, Rejection):
+            keeps = kept_by(stage, token_lr, mask, layout)
+            counting.rejected(stage.name, keeps)
+            keep = keep & keeps
+    weighting = next((stage for stage in stages if isinstance(stage, Weighting)), None)
+    level_ratio = _level_ratio(weighting, ratio, token_lr, layout)
+    counting.level_ratios(weighting, level_ratio)
+    weight, keep = _weigh(weighting, level_ratio, keep)
+    if waits(mask.device):
+        weight = weight + counting.poison()
+    weights.copy_(torch.where(keep, weight, 0.0))
+    kept.copy_(keep)
+    counting.weights(weights, kept)
+    return counting.result()
+
+
+def _level_ratio(
+    weighting: Weighting | None, ratio: Tensor, lr: TokenLogRatios, layout: Layout
+) -> Tensor:
+    """The ratios that the weighting stage looks at, like mask; masked positions: anything."""
+    if weighting is None or weighting.level == "token":
+        return ratio
+    row = lr.sums
+    if weighting.level == "geometric":
+        row = mean_of_tokens(row, lr.tokens)
+    return layout.spread(bounded_exp(row).to(ratio.dtype))
+
+
+def _weigh(weighting: Weighting | None, ratio: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights like mask, and which of `keep` stays; a NaN is kept, so that it shows."""
+    match weighting:
+        case TIS():
+            return ratio.clamp(max=weighting.cap), keep
+        case MIS():
+            return ratio, keep & ~((ratio < weighting.low) | (ratio > weighting.high))
+        case IcePop():
+            outside = (ratio < weighting.low) | (ratio > weighting.high)
+            return ratio.masked_fill(outside, 0.0), keep
+        case _:
+            return torch.ones_like(ratio), keep

@@ -215,7 +215,7 @@ def row(study: Study) -> dict[str, Any]:
     Means over steps; but of K's and V's elements clipped and lost to 0, the highest share.
     """
     lines = study.folder.metrics()
-    heldout, k3 = series(lines, "reward/heldout")[1], series(lines, "mismatch/k3")[1]
+    heldout, k3 = series(lines, "reward/heldout")[1], series(lines, "rollout_corr/k3_kl")[1]
     clipped = max(shares(lines, "kv_saturation/"), default=(None, None))
     lost = max(shares(lines, "kv_underflow/"), default=(None, None))
     scales = [key for key in lines[0] if key.startswith("kv_scale/") and key[-1] in "kv"]
@@ -225,7 +225,7 @@ def row(study: Study) -> dict[str, Any]:
         "heldout_end": heldout[-1],
         "k3": fmean(k3),
         "k3_last_quarter": fmean(k3[-max(1, len(k3) // 4) :]),
-        "exp_abs_diff": fmean(series(lines, "mismatch/exp_abs_diff")[1]),
+        "exp_abs_diff": fmean(series(lines, "rollout_corr/token_mult_prob_error")[1]),
         "clipped": clipped[0],
         "clipped_in": clipped[1] if clipped[0] else None,
         "lost": lost[0],
@@ -282,7 +282,7 @@ def draw_run(axes: list[Axes], study: Study) -> None:
     axes[0].plot(*series(lines, "reward/train"), color=COLOURS[arm], linewidth=0.8, alpha=0.5)
     axes[0].plot(*series(lines, "reward/heldout"), marker="o", label=label, **style)
     axes[0].set(xlabel="step", ylim=(0, None))
-    axes[1].plot(*series(lines, "mismatch/k3"), **style)
+    axes[1].plot(*series(lines, "rollout_corr/k3_kl"), **style)
     axes[1].set(xlabel="step", yscale="log", title="Mismatch KL of rollout and trainer (k3, nats)")
     for kind, dashes in (("kv_saturation/", "-"), ("kv_underflow/", ":")):
         axes[2].plot([share for share, _ in shares(lines, kind)], linestyle=dashes, **style)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from fp8rl.correction import TIS, PolicyLossConfig, correct, group_advantages, policy_loss
+from fp8rl.correction import TIS, PPOClip, correct, group_advantages, policy_loss
 from fp8rl.quant import KVCalibrator, KVScaleRule, KVScales
 from fp8rl.rollout import EngineSettings, RolloutEngine, Sample, Sampling
 from fp8rl.sync import HuggingFaceQKV, IterableSource, Publisher
@@ -51,12 +51,10 @@ def main(folder: Path) -> None:
             real = mask | (torch.arange(tokens.shape[1]) < len(PROMPTS[0]))
             with torch.no_grad():
                 old = log_probs(model, tokens, mask)
-            fix = correct(TIS(cap=2.0), old, behaviour, mask)
+            fix = correct([TIS(cap=2.0)], old, behaviour, mask)
             advantages = group_advantages(rewards, GROUP)
             new = log_probs(model, tokens, mask)
-            policy_loss(
-                PolicyLossConfig(), new, old, advantages, fix.weights, fix.kept
-            ).loss.backward()
+            policy_loss(PPOClip(), new, old, advantages, fix.weights, fix.kept).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             print(f"version {version}: reward {rewards.mean():.3f}, {sync.nbytes} bytes published")

@@ -44,7 +44,8 @@ Examples:
 
 - `fp8rl train examples/grpo.yaml --precision bf16 run_dir=runs/bf16`: the arm to compare with
 
-- `fp8rl train examples/grpo.yaml steps=20 correction.kind=mis`: change single values
+- `fp8rl train examples/grpo.yaml steps=20 correction.preset=decoupled_token_icepop`: change
+  single values
 
 - `fp8rl train examples/grpo.yaml trainer.precision=fp8-aligned`: the trainer computes with the
   FP8 weights that the engine holds
@@ -92,7 +93,7 @@ def train(
         list[str] | None,
         typer.Argument(
             metavar="KEY=VALUE",
-            help="Values that replace those of the file, such as steps=20 or correction.cap=3.",
+            help="Values that replace those of the file, such as steps=20 or loss.preset=grpo.",
             show_default=False,
         ),
     ] = None,

@@ -20,11 +20,10 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
-    field_validator,
 )
 from pydantic import model_validator as check
 
-from fp8rl.correction import TIS, CorrectionConfig, PolicyLossConfig
+from fp8rl.correction import CorrectionConfig, LossConfig, PPOClip, check_bypass
 from fp8rl.errors import ConfigError
 from fp8rl.quant.kv_rule import KVScaleRule
 
@@ -131,6 +130,9 @@ class TrainerConfig(Frozen):
     learning_rate: PositiveFloat = Field(1e-4, description="AdamW learning rate")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     grad_clip: PositiveFloat = Field(1.0, description="bound on the gradient norm")
+    normalize_advantages: bool = Field(
+        True, description="divide advantages by their group's std (false: Dr.GRPO)"
+    )
     minibatches: PositiveInt = Field(2, description="optimizer steps taken on one rollout batch")
     micro_batch_size: PositiveInt = Field(128, description="sequences in one forward pass")
     tensor_parallel: PositiveInt = Field(1, description="tensor-parallel ranks")
@@ -184,13 +186,13 @@ class RunConfig(Frozen):
     trainer: TrainerConfig = TrainerConfig()
     rollout: RolloutConfig = RolloutConfig()
     kv_scales: KVScaleConfig = KVScaleConfig()
-    correction: CorrectionConfig = TIS()
-    loss: PolicyLossConfig = PolicyLossConfig()
+    correction: CorrectionConfig = CorrectionConfig()
+    loss: LossConfig = PPOClip()
 
-    @field_validator("correction", mode="before")
-    @classmethod
-    def _default_kind(cls, value: Any) -> Any:
-        return {"kind": "tis"} | value if isinstance(value, dict) else value
+    @check(mode="after")
+    def _corrects_once(self) -> Self:
+        check_bypass(self.correction, self.loss)
+        return self
 
     @check(mode="after")
     def _parallelism_fits(self) -> Self:
@@ -329,6 +331,8 @@ def _locate(location: Sequence[str | int]) -> tuple[str, list[str], list[str]]:
             model, variants = variants[part], {}
             continue
         path.append(str(part))
+        if isinstance(part, int):  # an item of a list, of the same kinds
+            continue
         known = list(model.model_fields)
         field = model.model_fields.get(str(part))
         kinds = _models_in(field.annotation) if field else []
@@ -339,5 +343,7 @@ def _locate(location: Sequence[str | int]) -> tuple[str, list[str], list[str]]:
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    members = get_args(annotation) or (annotation,)
-    return [kind for kind in members if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    """The models that a value of this type may hold: itself, a union's members, a list's items."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [kind for member in get_args(annotation) for kind in _models_in(member)]

@@ -6,8 +6,8 @@ Version v of the policy is the policy after v steps. A step
     publish    quantize version v, send it with its scales; the engine proves and commits it
     rollout    groups of responses, each token with its behaviour log-prob and version
     score      the same tokens under the trainer's version v; what the KV scales clip and lose
-    correct    TIS or MIS weights for the difference between the two
-    train      the clipped GRPO/DAPO loss with these weights -> version v + 1
+    train      importance weights for the difference between the two, and the corrected loss
+               (``learning.py``) -> version v + 1
 
 so every token is sampled by the weights being trained; or, where ``rollout.segment_tokens`` cuts
 long responses, by those of the step that made it (``segments.py``). The last version is published
@@ -24,14 +24,7 @@ import torch
 from torch import Tensor
 
 from fp8rl.config import RunConfig
-from fp8rl.correction import (
-    Correction,
-    correct,
-    correction_metrics,
-    group_advantages,
-    mismatch_metrics,
-    policy_loss,
-)
+from fp8rl.learning import learn
 from fp8rl.quant import KVScales
 from fp8rl.rollout import Sampling
 from fp8rl.rollout_batch import RolloutBatch, rollout_batch, share
@@ -78,14 +71,12 @@ def step(run: Session, version: int) -> Metrics:
         return metrics
     with run.phase("rollout"):
         rollout = sample(run, version, metrics)
-    with run.phase("score"):
-        old_logprobs = score(run, rollout, metrics)
-    mask = rollout.batch.response_mask
-    correction = correct(config.correction, old_logprobs, rollout.logprobs, mask)
-    metrics |= mismatch_metrics(old_logprobs, rollout.logprobs, mask)
-    metrics |= correction_metrics(config.correction, correction, mask)
+    old_logprobs = None
+    if config.correction.mode == "decoupled":
+        with run.phase("score"):
+            old_logprobs = score(run, rollout, metrics)
     with run.phase("train"):
-        metrics |= learn(run, rollout, old_logprobs, correction)
+        metrics |= learn(run, rollout, old_logprobs, version)
     if run.calibration:
         run.calibration.trained = rollout.batch
     return metrics
@@ -150,55 +141,6 @@ def sample(run: Session, version: int, metrics: Metrics) -> RolloutBatch:
         "rollout/max_age": int(ages.max()),
     }
     return made
-
-
-def learn(
-    run: Session, rollout: RolloutBatch, old_logprobs: Tensor, correction: Correction
-) -> Metrics:
-    """Take the optimizer steps of one batch, one for each minibatch of whole groups."""
-    config = run.config
-    advantages = group_advantages(rollout.rewards, config.rollout.samples_per_prompt)
-    rows = len(rollout.rewards) // config.trainer.minibatches
-    taken: list[dict[str, float]] = []
-    policy: list[dict[str, Tensor]] = []  # of each micro-batch; stays empty on early stages
-    for start in range(0, len(rollout.rewards), rows):
-        chosen = slice(start, start + rows)
-        batch = rollout.batch.rows(chosen)
-        old, advantage = old_logprobs[chosen], advantages[chosen]
-        weights, kept = correction.weights[chosen], correction.kept[chosen]
-
-        def loss_fn(
-            logprobs: Tensor,
-            part: slice,
-            old: Tensor = old,
-            advantage: Tensor = advantage,
-            weights: Tensor = weights,
-            kept: Tensor = kept,
-        ) -> Tensor:
-            found = policy_loss(
-                config.loss,
-                logprobs,
-                old[part],
-                advantage[part],
-                weights[part],
-                kept[part],
-                denominator=kept.sum(),
-            )
-            policy.append(found.metrics)
-            return found.loss
-
-        taken.append(run.trainer.update(batch, loss_fn, config.trainer.learning_rate))
-    means = {key: sum(each[key] for each in taken) / len(taken) for key in ("loss", "grad_norm")}
-    return means | _policy_metrics(policy, config.trainer.minibatches)
-
-
-def _policy_metrics(parts: list[dict[str, Tensor]], minibatches: int) -> Metrics:
-    """Join micro-batches: a maximum stays one, everything else adds up and is averaged."""
-    joined: Metrics = {}
-    for key in parts[0] if parts else ():
-        values = torch.stack([part[key] for part in parts])
-        joined[key] = float(values.max() if key.endswith("_max") else values.sum() / minibatches)
-    return joined
 
 
 def evaluate(run: Session, version: int, metrics: Metrics) -> None:

@@ -59,22 +59,24 @@ class MasterAdamW:
                 self._adam.state[master][moment] = torch.zeros_like(master)
 
     @torch.no_grad()
-    def step(self, learning_rate: float | None = None) -> float:
+    def step(self, learning_rate: float | None = None, divided_by: float = 1.0) -> float:
         """Clip, step, write the parameters back; return the gradient norm before clipping.
+
+        The gradient is what was accumulated divided by ``divided_by``.
 
         Raises:
             TrainerError: the norm is not finite; nothing was changed.
         """
-        norm = self._grad_norm()
+        norm = self._grad_norm() / divided_by
         if not math.isfinite(norm):
             raise TrainerError(
                 f"the gradient norm is {norm}; the step was not taken, the weights are unchanged. "
                 "Look for NaN or Inf in the loss, the advantages and the log-probabilities"
             )
-        scale = min(1.0, self._grad_clip / (norm + 1e-6))
+        scale = min(1.0, self._grad_clip / (norm + 1e-6)) / divided_by
         for name, master in self._masters.items():
             master.grad = self._parameters[name].main_grad  # type: ignore[attr-defined]
-            if scale < 1.0:
+            if scale != 1.0:
                 master.grad.mul_(scale)
         for group in self._adam.param_groups:
             group["lr"] = self._learning_rate if learning_rate is None else learning_rate

@@ -107,8 +107,8 @@ def mismatch(axes: Axes, metrics: Sequence[Metrics]) -> None:
     """How far the policy that sampled is from the policy that learns."""
     axes.set_title("Mismatch of rollout and trainer")
     axes.set_ylabel("log scale, no unit")
-    k3 = _series(metrics, "mismatch/k3")
-    steps, exp_abs = _series(metrics, "mismatch/exp_abs_diff")
+    k3 = _series(metrics, "rollout_corr/k3_kl")
+    steps, exp_abs = _series(metrics, "rollout_corr/token_mult_prob_error")
     excess = (steps, [value - 1 for value in exp_abs])
     if not k3[0] and not steps:
         return _missing(axes, "mismatch was not measured")
@@ -137,8 +137,8 @@ def corrected(axes: Axes, metrics: Sequence[Metrics]) -> None:
     """The tokens whose importance weight the correction changed."""
     axes.set_title("Tokens truncated and rejected")
     axes.set_ylabel("% of response tokens")
-    truncated = _series(metrics, "correction/truncated_fraction")
-    rejected = _series(metrics, "correction/rejected_fraction")
+    truncated = _series(metrics, "rollout_corr/rollout_is_ratio_fraction_high")
+    rejected = _series(metrics, "rollout_corr/rollout_rs_masked_fraction")
     if not truncated[0] and not rejected[0]:
         return _missing(axes, "no correction")
     for (steps, values), colour, name in (

@@ -42,10 +42,10 @@ def _milliseconds(seconds: float) -> str:
 COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "reward": ("reward/train", _fraction),
     "held-out": ("reward/heldout", _fraction),
-    "KL k3": ("mismatch/k3", lambda value: f"{value:.1e}"),
-    "exp|dlp|": ("mismatch/exp_abs_diff", lambda value: f"{value:.4f}"),
-    "trunc.": ("correction/truncated_fraction", _percent),
-    "reject.": ("correction/rejected_fraction", _percent),
+    "KL k3": ("rollout_corr/k3_kl", lambda value: f"{value:.1e}"),
+    "exp|dlp|": ("rollout_corr/token_mult_prob_error", lambda value: f"{value:.4f}"),
+    "trunc.": ("rollout_corr/rollout_is_ratio_fraction_high", _percent),
+    "reject.": ("rollout_corr/rollout_rs_masked_fraction", _percent),
     "sync ms": ("sync/seconds", _milliseconds),
     "tok/s": ("rollout/tokens_per_second", lambda value: f"{value:,.0f}"),
 }

@@ -60,10 +60,14 @@ def result(
         "end_heldout_reward": _last(heldout),
         "best_heldout_reward": max(heldout, default=None),
         "end_train_reward": _last(_values(metrics, "reward/train")),
-        "mismatch_k3_mean": _mean(_values(metrics, "mismatch/k3")),
-        "exp_abs_diff_mean": _mean(_values(metrics, "mismatch/exp_abs_diff")),
-        "truncated_fraction_mean": _mean(_values(metrics, "correction/truncated_fraction")),
-        "rejected_fraction_mean": _mean(_values(metrics, "correction/rejected_fraction")),
+        "mismatch_k3_mean": _mean(_values(metrics, "rollout_corr/k3_kl")),
+        "exp_abs_diff_mean": _mean(_values(metrics, "rollout_corr/token_mult_prob_error")),
+        "truncated_fraction_mean": _mean(
+            _values(metrics, "rollout_corr/rollout_is_ratio_fraction_high")
+        ),
+        "rejected_fraction_mean": _mean(
+            _values(metrics, "rollout_corr/rollout_rs_masked_fraction")
+        ),
         "kv_saturation_max": max(_values(metrics, "kv/saturation_max"), default=None),
         "kv_scale_changes": _sum(_values(metrics, "kv/changed")),
         "sync_ms_median": None if sync is None else 1000 * sync,

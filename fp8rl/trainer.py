@@ -14,6 +14,7 @@ recomputation, GPUs.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -122,13 +123,20 @@ class MegatronTrainer:
         return self._from_last_stage(result)
 
     def update(
-        self, batch: TokenBatch, loss_fn: LossFn, learning_rate: float | None = None
+        self,
+        batch: TokenBatch,
+        loss_fn: LossFn,
+        learning_rate: float | None = None,
+        *,
+        divisor: Callable[[], Tensor] | None = None,
     ) -> dict[str, float]:
         """Take one optimizer step on the whole batch; return its "loss" and "grad_norm".
 
         ``loss_fn`` gets log-probs fp32 [b, S] of a run of rows and that run as a slice; it returns
-        their share of the batch's loss, already normalized: the shares' sum is the loss. The norm
-        is that before clipping. Both are the same on every rank.
+        their share of the batch's loss, already normalized: the shares' sum is the loss. If that
+        is known only when all shares are, ``divisor`` is asked then, on the last pipeline stage,
+        and loss and gradient are divided by the 0-d tensor that it returns. The norm is that
+        before clipping. Loss and norm are the same on every rank.
 
         Raises:
             TrainerError: the gradient norm is not finite; the weights are unchanged.
@@ -141,9 +149,24 @@ class MegatronTrainer:
         self._ddp.zero_grad_buffer()
         losses = self._run(batch, finish, width=batch.tokens.shape[1] - 1, train=True)
         loss = torch.stack(losses).sum().float() if losses else torch.zeros(())
+        divided_by = 1.0
+        if divisor is not None:
+            total = divisor().float() if losses else torch.zeros(())
+            divided_by = float(self._from_last_stage(total))
         with cpu_stands_in():
-            norm = self._optimizer.step(learning_rate)
-        return {"loss": float(self._from_last_stage(loss)), "grad_norm": norm}
+            norm = self._optimizer.step(learning_rate, divided_by)
+        return {"loss": float(self._from_last_stage(loss)) / divided_by, "grad_norm": norm}
+
+    def from_last_stage(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        """What the last pipeline stage gives here, on every rank; other stages' is not looked at.
+
+        Not a pickle: JSON, whose floats come back bit for bit.
+        """
+        text = torch.tensor(list(json.dumps(dict(numbers)).encode()), dtype=torch.uint8)
+        length = self._from_last_stage(torch.tensor(len(text)))
+        text = text if len(text) == length else torch.empty(int(length), dtype=torch.uint8)
+        found: dict[str, float] = json.loads(bytes(self._from_last_stage(text).tolist()))
+        return found
 
     @torch.no_grad()
     def observe_kv(self, batch: TokenBatch, observer: KVObserver) -> KVObservation:

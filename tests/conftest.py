@@ -12,6 +12,8 @@ PYDANTIC = {
     "config",
     "kv_rule",
     "manifest",
+    "stages",
+    "losses_config",
 }  # records that check themselves, with `Self` in their methods
 COMPILED = {"compiled", "triton_kernel"}  # torch.compile or Triton would compile the checks too
 

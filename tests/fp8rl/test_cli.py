@@ -108,7 +108,7 @@ def test_resume_takes_the_config_of_the_folder_also_when_it_was_moved(
     [
         (["stepz=3"], "unknown key 'stepz'; did you mean 'steps'?"),
         (["model.hidden_size=200"], "hidden_size is 200, not a multiple of 128"),
-        (["correction.cap=0"], "correction.cap"),
+        (["loss.clip_high=-1"], "loss.clip_high"),
         (["task.heldout_prompts=99999"], "task.heldout_prompts is 99999"),
         (["nonsense"], "not of the form a.b=c"),
         (["--precision", "fp4"], "fp4"),

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from fp8rl.config import RunConfig, dump_config, load_config, parse_config
-from fp8rl.correction import MIS, TIS, NoCorrection
+from fp8rl.correction import MIS, PRESETS, TIS, CorrectionConfig, PPOClip, Reject
 from fp8rl.errors import ConfigError
 
 
@@ -23,15 +23,15 @@ def test_an_empty_file_is_the_default_run(empty: Path) -> None:
     config = load_config(empty)
     assert config == RunConfig()
     assert config.rollout.precision == "fp8-kv"
-    assert config.correction == TIS(level="token", cap=2.0)
+    assert config.correction == CorrectionConfig(stages=(TIS(level="token", cap=2.0),))
 
 
 @pytest.mark.parametrize(
     "overrides",
     [
         [],
-        ["correction.kind=mis", "correction.high=3", "seed=7"],
-        ["correction.kind=none", "task.operations=[sum]", "trainer.learning_rate=1e-4"],
+        ["correction.stages=[{kind: mis, high: 3}]", "loss.preset=gspo", "seed=7"],
+        ["correction.stages=[]", "task.operations=[sum]", "trainer.learning_rate=1e-4"],
     ],
 )
 def test_a_dumped_config_reads_back_the_same(
@@ -44,14 +44,27 @@ def test_a_dumped_config_reads_back_the_same(
 
 
 def test_overrides_replace_the_values_of_the_file(empty: Path) -> None:
-    empty.write_text("steps: 5\nmodel:\ncorrection: {kind: mis, low: 0.25}\n")
-    config = load_config(empty, ["steps=6", "model.num_layers=2", "correction.high=4"])
+    empty.write_text("steps: 5\nmodel:\nloss: {kind: ppo_clip, clip_low: 0.25}\n")
+    config = load_config(empty, ["steps=6", "model.num_layers=2", "loss.clip_high=0.4"])
     assert (config.steps, config.model.num_layers) == (6, 2)
-    assert config.correction == MIS(low=0.25, high=4)
+    assert config.loss == PPOClip(clip_low=0.25, clip_high=0.4)
 
 
-def test_the_kind_chooses_the_correction(empty: Path) -> None:
-    assert load_config(empty, ["correction.kind=none"]).correction == NoCorrection()
+def test_the_stages_of_the_correction_are_told_apart_by_kind(empty: Path) -> None:
+    stages = "[{kind: reject, level: token, divergence: k3, high: 0.1}, {kind: mis, low: 0.25}]"
+    found = load_config(empty, [f"correction.stages={stages}"]).correction
+    reject = Reject(level="token", divergence="k3", high=0.1)
+    assert found == CorrectionConfig(stages=(reject, MIS(low=0.25)))
+    assert load_config(empty, ["correction.stages=[]"]).correction.stages == ()
+
+
+def test_a_preset_stands_for_mode_and_stages_and_a_loss_preset_takes_settings(empty: Path) -> None:
+    chosen = ["correction.preset=bypass_ppo_clip_geo_rs", "loss.preset=dr_grpo"]
+    config = load_config(empty, [*chosen, "loss.max_tokens=6", "loss.clip_low=0.1"])
+    assert config.correction == PRESETS["bypass_ppo_clip_geo_rs"]
+    assert config.loss == PPOClip(
+        clip_low=0.1, clip_high=0.2, aggregation="seq-mean-token-sum-norm", max_tokens=6
+    )
 
 
 @pytest.mark.parametrize(
@@ -61,9 +74,22 @@ def test_the_kind_chooses_the_correction(empty: Path) -> None:
         ("modle.num_layers=3", "unknown key 'modle'; did you mean 'model'?"),
         ("rollout.temprature=1", "unknown key 'rollout.temprature'; did you mean 'temperature'?"),
         ("loss.clip_hihg=1", "unknown key 'loss.clip_hihg'; did you mean 'clip_high'?"),
-        ("correction.kind=tsi", "correction: .*'tsi'.*'none', 'tis', 'mis'"),
-        ("correction.kind=", "correction: "),
-        ("correction.cap=0", r"^[^;]*correction\.cap: .*found 0"),
+        ("loss.kind=ppo", "loss: .*'ppo'.*'ppo_clip', 'gspo', 'cispo', 'reinforce'"),
+        ("loss.preset=grp", "loss: preset 'grp' is not one of grpo, dapo"),
+        ("loss.preset=dr_grpo", "loss: .*give max_tokens, the longest response"),
+        ("correction.preset=tis", "correction: preset 'tis' is not one of disabled, decoupled_tok"),
+        ("correction={preset: disabled, mode: bypass}", "stands for mode and stages; leave out mo"),
+        ("correction.mode=bypass", "correction.mode is bypass and loss.kind is ppo_clip, whose"),
+        ("correction.stages=[{kind: tsi}]", r"correction\.stages\.0: .*'tsi'.*'tis', 'mis', 'ice"),
+        (
+            "correction.stages=[{cap: 2}]",
+            r"stages\.0: has no kind; set .*to one of tis, mis, icepo",
+        ),
+        ("correction.stages=[{kind: tis, cap: 0}]", r"^[^;]*correction\.stages\.0\.cap: .*found 0"),
+        ("correction.stages=[{kind: tis}, {kind: mis}]", "tis and mis both give weights; keep one"),
+        ("correction.stages=[{kind: batch_normalize}]", "batch_normalize rescales weights, but no"),
+        ("correction.stages=[{kind: mis, low: 3}]", "low = 3.0 and high = 2.0: low must be below"),
+        ("correction.stages=[{kind: reject, high: 2}]", "low is missing: k1 is bounded by low and"),
         ("model.hidden_size=200", "model: hidden_size is 200, not a multiple of 128.*use 256"),
         ("model.hidden_size=", "model.hidden_size: .*found None"),
         ("model.head_dim=96", "num_kv_heads x head_dim is 192"),
@@ -102,25 +128,31 @@ def test_one_message_names_the_key_and_what_was_found(
         load_config(empty, [override])
 
 
-@pytest.mark.parametrize("kind", ["tis", "mis", "none"])
+@pytest.mark.parametrize("kind", ["ppo_clip", "gspo", "cispo", "reinforce"])
 def test_an_unknown_key_of_a_variant_is_named_without_its_tag(empty: Path, kind: str) -> None:
-    with pytest.raises(ConfigError, match=r"unknown key 'correction\.knid'; did you mean 'kind'"):
-        load_config(empty, [f"correction.kind={kind}", "correction.knid=1"])
+    with pytest.raises(ConfigError, match=r"unknown key 'loss\.knid'; did you mean 'kind'"):
+        load_config(empty, [f"loss.kind={kind}", "loss.knid=1"])
+
+
+def test_an_unknown_key_of_a_stage_is_named_by_its_place(empty: Path) -> None:
+    stages = "correction.stages=[{kind: veto}, {kind: tis, level: token, cup: 3}]"
+    with pytest.raises(ConfigError, match=r"unknown key 'correction\.stages\.1\.cup'.*'cap'"):
+        load_config(empty, [stages])
 
 
 def test_a_key_of_another_variant_is_unknown(empty: Path) -> None:
-    with pytest.raises(ConfigError, match=r"unknown key 'correction\.cap'"):
-        load_config(empty, ["correction.kind=mis", "correction.cap=2"])
+    with pytest.raises(ConfigError, match=r"unknown key 'loss\.dual_clip'"):
+        load_config(empty, ["loss.kind=gspo", "loss.dual_clip=3"])
 
 
-def test_a_correction_without_a_kind_is_the_default_kind(empty: Path) -> None:
-    assert load_config(empty, ["correction.cap=3"]).correction == TIS(cap=3)
+def test_a_loss_without_a_kind_is_the_default_kind(empty: Path) -> None:
+    assert load_config(empty, ["loss.dual_clip=3"]).loss == PPOClip(dual_clip=3)
 
 
 @pytest.mark.parametrize("cap", ["0", "-1", ".inf"])
 def test_a_cap_that_truncates_nothing_sensible_is_refused(empty: Path, cap: str) -> None:
-    with pytest.raises(ConfigError, match=r"^[^;]*correction\.cap: "):
-        load_config(empty, [f"correction.cap={cap}"])
+    with pytest.raises(ConfigError, match=r"^[^;]*correction\.stages\.0\.cap: "):
+        load_config(empty, [f"correction.stages=[{{kind: tis, cap: {cap}}}]"])
 
 
 def test_an_override_cannot_enter_a_value(empty: Path) -> None:

@@ -21,7 +21,7 @@ from tests.fp8rl.conftest import Whole
 from tests.fp8rl.run_helpers import STEPS, TINY, Command, metrics, write_config
 
 ALWAYS = {"step", "version", "sync/bytes", "sync/bf16_bytes", "sync/seconds", "time/step"}
-LEARNED = {"reward/train", "loss", "grad_norm", "mismatch/k3", "rollout/tokens_per_second"}
+LEARNED = {"reward/train", "loss", "grad_norm", "rollout_corr/k3_kl", "rollout/tokens_per_second"}
 TENSORS = [f"{layer}/{x}" for layer in range(2) for x in "qkv"]
 SCALES = {"kv/tokens", *(f"kv_scale/{tensor}" for tensor in TENSORS)}
 RATES = {"kv/saturation_max"} | {
@@ -65,7 +65,7 @@ def test_scales_measured_in_the_engine_serve_a_bf16_model_with_an_fp8_cache(tmp_
     lines = metrics(folder)
     assert len(lines) == 4
     assert all(line.keys() >= SCALES for line in lines)
-    assert all(line["mismatch/k3"] < 0.01 for line in lines[:-1])
+    assert all(line["rollout_corr/k3_kl"] < 0.01 for line in lines[:-1])
     assert all(0 < line["kv/saturation_max"] < 0.01 for line in lines[:-1])  # beyond 99.9 percent
     assert all(line["sync/bytes"] >= line["sync/bf16_bytes"] for line in lines)  # BF16 weights
 
@@ -78,7 +78,7 @@ def test_held_out_reward_is_measured_at_the_start_when_due_and_at_the_end(whole:
 def test_the_run_learned_and_engine_and_trainer_agreed(whole: Whole) -> None:
     lines = metrics(whole.folder)[:-1]
     assert any(line["reward/train"] > 0 and line["grad_norm"] > 0 for line in lines)
-    assert all(0 < line["mismatch/k3"] < 0.01 for line in lines)  # FP8's own, and no more
+    assert all(0 < line["rollout_corr/k3_kl"] < 0.01 for line in lines)  # FP8's own, and no more
     assert all(line["sync/bytes"] < 0.6 * line["sync/bf16_bytes"] for line in lines)
 
 

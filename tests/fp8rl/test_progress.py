@@ -10,10 +10,10 @@ from fp8rl.progress import Progress, clock
 
 METRICS = {
     "reward/train": 0.5,
-    "mismatch/k3": 1.2e-3,
-    "mismatch/exp_abs_diff": 1.021,
-    "correction/truncated_fraction": 0.0008,
-    "correction/rejected_fraction": 0.0,
+    "rollout_corr/k3_kl": 1.2e-3,
+    "rollout_corr/token_mult_prob_error": 1.021,
+    "rollout_corr/rollout_is_ratio_fraction_high": 0.0008,
+    "rollout_corr/rollout_rs_masked_fraction": 0.0,
     "sync/seconds": 0.093,
     "rollout/tokens_per_second": 5231.0,
 }

@@ -26,10 +26,10 @@ def step_metrics(step: int, rng: random.Random) -> dict[str, float | int | str]:
         "step": step,
         "version": step,
         "reward/train": 0.2 + 0.75 / (1 + math.exp(8 - step)) + rng.gauss(0, 0.02),
-        "mismatch/k3": 1e-3 * math.exp(rng.gauss(0, 0.3)),
-        "mismatch/exp_abs_diff": 1 + 0.02 * math.exp(rng.gauss(0, 0.1)),
-        "correction/truncated_fraction": 0.0008,
-        "correction/rejected_fraction": 0.0,
+        "rollout_corr/k3_kl": 1e-3 * math.exp(rng.gauss(0, 0.3)),
+        "rollout_corr/token_mult_prob_error": 1 + 0.02 * math.exp(rng.gauss(0, 0.1)),
+        "rollout_corr/rollout_is_ratio_fraction_high": 0.0008,
+        "rollout_corr/rollout_rs_masked_fraction": 0.0,
         "sync/bytes": 3_456_000,
         "sync/bf16_bytes": 6_912_000,
         "sync/seconds": 0.001 * (50 + step),
@@ -95,7 +95,7 @@ def test_the_result_follows_from_the_metrics(run):
     assert (found["sync_bytes"], found["bf16_bytes"]) == (3_456_000, 6_912_000)
     assert found["tokens_per_second_median"] == pytest.approx(5105)
     assert (found["kv_saturation_max"], found["kv_scale_changes"]) == (2e-5, 2)
-    k3 = [line["mismatch/k3"] for line in run_metrics()[1:]]
+    k3 = [line["rollout_corr/k3_kl"] for line in run_metrics()[1:]]
     assert found["mismatch_k3_mean"] == pytest.approx(sum(k3) / STEPS)
     # over all 21 lines, the start evaluation's too
     assert found["phase_seconds_mean"] == pytest.approx(

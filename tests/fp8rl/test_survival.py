@@ -197,4 +197,8 @@ def _agreement(folder: Path) -> list[float]:
     holds the policy of its own trainer is the same for all.
     """
     first = metrics(folder)[0]
-    return [first["mismatch/exp_abs_diff"], 1 + first["mismatch/k3"], first["mismatch/ess"]]
+    return [
+        first["rollout_corr/token_mult_prob_error"],
+        1 + first["rollout_corr/k3_kl"],
+        first["rollout_corr/rollout_is_raw_eff_sample_size"],
+    ]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fp8rl.batch import TokenBatch
 from fp8rl.config import RunConfig, load_config, parse_config
-from fp8rl.correction import mismatch_metrics
+from fp8rl.correction import correct
 from fp8rl.distributed import init_distributed
 from fp8rl.errors import ConfigError, TrainerError
 from fp8rl.megatron_model import hf_config
@@ -209,8 +209,8 @@ def test_its_mismatch_with_the_real_engine_is_far_below_that_of_a_bf16_trainer(
     b, behaviour = token_batch(prompts, groups)
     k3 = {}
     for name, trainer in {"aligned": aligned, "bf16": plain}.items():
-        found = mismatch_metrics(trainer.log_probs(b), behaviour, b.response_mask)
-        k3[name] = found["mismatch/k3"]
+        found = correct([], trainer.log_probs(b), behaviour, b.response_mask).metrics()
+        k3[name] = found["rollout_corr/k3_kl"]
     assert int(b.response_mask.sum()) > 2000
     assert k3["bf16"] > 1e-4, "FP8 weights must show"
     assert k3["aligned"] < 0.25 * k3["bf16"], k3
