@@ -248,7 +248,7 @@ def test_a_run_meets_the_same_prompts_and_first_seeds_however_it_is_cut(
     assert [segment.seed for segment in asked] == [(9 << 32) + row for row in range(24)]
 
 
-# What follows holds the whole way against an exact policy gradient: responses cut after every token,
+# What follows holds the whole way against an exact policy gradient: responses cut at every token,
 # written under policies that change with every step, kept until their groups have ended.
 
 LENGTH, STEPS, GROUPS = 5, 60, 100
