@@ -1,0 +1,1 @@
+"""fp8rl inside other trainers: veRL (`verl/`) and TRL (`trl.py`). Nothing else imports these."""
