@@ -20,6 +20,7 @@ PROMPTS = [[2 + (i * k) % 60 for i in range(40 + k)] for k in (1, 3, 7, 11)]
 TOKENS, BEFORE = 48, 20  # of each answer: all, and those sampled before the update
 SAMPLING = {"n": 1, "temperature": 1.0, "max_tokens": TOKENS, "ignore_eos": True}
 SEEDS = list(range(len(PROMPTS)))
+LONG = [[2 + (i * k) % 60 for i in range(300 + k)] for k in (1, 3, 7, 11)]  # whole cache blocks
 
 Answers = list[dict[str, Any]]
 
@@ -65,6 +66,7 @@ def main(folder: Path) -> None:
     bench = Bench(folder)
     found = {
         "in flight": in_flight(bench),
+        "segments": segments(bench),
         "overwritten": overwritten(bench),
         "asleep": asleep(bench),
     }
@@ -92,11 +94,46 @@ def in_flight(bench: Bench) -> dict[str, Any]:
     return seen | {"old tokens under the old weights": k3(answers, score(bench, answers), old)}
 
 
-def score(bench: Bench, answers: Answers) -> list[list[float]]:
+def segments(bench: Bench) -> dict[str, Any]:
+    """Answers that have ended as segments go on as new requests, after other weights have come."""
+    bench.publish(seed=0)
+    bounds = [BEFORE, BEFORE + 1, BEFORE + 2, BEFORE + 3]
+    first = bench.answers(bench.server.submit(LONG, bench.version, SAMPLING, SEEDS, bounds))
+    longer = [prompt + answer["tokens"] for prompt, answer in zip(LONG, first, strict=True)]
+    seen: dict[str, Any] = {
+        "bounds": bounds,
+        "lengths": [len(answer["tokens"]) for answer in first],
+        "cached under the same weights": cached(bench, longer),
+    }
+    new = bench.publish(seed=1, factor=4.0)
+    second = bench.answers(bench.server.submit(longer, new, SAMPLING, SEEDS))
+    seen |= {
+        "versions": [answer["versions"] for answer in second],
+        "new": new,
+        "new tokens under the new weights": k3(second, score(bench, second, longer), new),
+    }
+    bench.publish(seed=0)
+    return seen | {
+        "cached under new weights": cached(bench, longer),
+        "new tokens under other weights": k3(second, score(bench, second, longer), new),
+    }
+
+
+def cached(bench: Bench, prompts: list[list[int]]) -> list[int]:
+    """How many tokens of each prompt the engine does not compute, for it has them."""
+    from vllm import SamplingParams
+
+    once = SamplingParams(max_tokens=1, detokenize=False)
+    inputs = [{"prompt_token_ids": tokens} for tokens in prompts]
+    outputs = bench.server._llm.generate(inputs, once, use_tqdm=False)
+    return [output.num_cached_tokens for output in outputs]
+
+
+def score(bench: Bench, answers: Answers, prompts: list[list[int]] = PROMPTS) -> list[list[float]]:
     """Log-probs of the answers' tokens, from scratch: prompt and answer as one new prompt."""
     from vllm import SamplingParams
 
-    whole = [prompt + answer["tokens"] for prompt, answer in zip(PROMPTS, answers, strict=True)]
+    whole = [prompt + answer["tokens"] for prompt, answer in zip(prompts, answers, strict=True)]
     once = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
     inputs = [{"prompt_token_ids": tokens} for tokens in whole]
     scored = []

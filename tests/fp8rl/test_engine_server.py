@@ -45,6 +45,18 @@ def test_a_request_in_flight_goes_on_as_from_scratch_under_new_weights_and_scale
     assert case["old tokens under the new weights"] > 100 * KL_BOUND, "the weights do differ"
 
 
+def test_a_segment_after_an_update_reads_its_prefix_anew_under_the_new_weights(
+    seen: dict[str, Any],
+) -> None:
+    case = seen["segments"]
+    assert case["lengths"] == case["bounds"]
+    assert min(case["cached under the same weights"]) > 0, "else there is nothing to be stale"
+    assert max(case["cached under new weights"]) == 0
+    assert case["versions"] == [[case["new"]] * TOKENS] * len(PROMPTS)
+    assert case["new tokens under the new weights"] <= KL_BOUND
+    assert case["new tokens under other weights"] > 100 * KL_BOUND, "the weights do differ"
+
+
 def test_scales_that_somebody_changed_are_refused_by_layer_until_a_publish(
     seen: dict[str, Any],
 ) -> None:
