@@ -107,6 +107,8 @@ def test_a_preset_stands_for_mode_and_stages_and_a_loss_preset_takes_settings(em
         ("kv_scales.margn=2", "unknown key 'kv_scales.margn'; did you mean 'margin'?"),
         ("rollout.samples_per_prompt=1", "rollout.samples_per_prompt: .*found 1"),
         ("rollout.temperature=0", "rollout.temperature: .*found 0"),
+        ("rollout.segment_tokens=0", "rollout.segment_tokens: .*found 0"),
+        ("rollout.segment_tokens=1.5", "rollout.segment_tokens: .*found 1.5"),
         ("trainer.learning_rate=.inf", "trainer.learning_rate: .*finite"),
         ("trainer.learning_rate=.nan", "trainer.learning_rate: "),
         ("steps=many", "steps: .*found 'many'"),

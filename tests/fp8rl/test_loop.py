@@ -10,18 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from fp8rl.config import TaskConfig, load_config
+from fp8rl.config import load_config
 from fp8rl.distributed import init_distributed
-from fp8rl.errors import StaleWeightsError
-from fp8rl.rollout import Sample
-from fp8rl.rollout_batch import rollout_batch
 from fp8rl.stopping import StopRequest
-from fp8rl.task import DigitTask
 from tests.fp8rl.conftest import Whole
 from tests.fp8rl.run_helpers import STEPS, TINY, Command, metrics, write_config
 
 ALWAYS = {"step", "version", "sync/bytes", "sync/bf16_bytes", "sync/seconds", "time/step"}
 LEARNED = {"reward/train", "loss", "grad_norm", "rollout_corr/k3_kl", "rollout/tokens_per_second"}
+ON_POLICY = {"rollout/segments": 1, "rollout/unfinished": 0, "rollout/max_age": 0}
 TENSORS = [f"{layer}/{x}" for layer in range(2) for x in "qkv"]
 SCALES = {"kv/tokens", *(f"kv_scale/{tensor}" for tensor in TENSORS)}
 RATES = {"kv/saturation_max"} | {
@@ -47,6 +44,12 @@ def test_every_step_has_one_line_of_metrics_and_the_last_version_is_published(wh
     assert all(line.keys() >= ALWAYS | SCALES for line in lines)
     assert all(line.keys() >= LEARNED | RATES for line in lines[:-1])
     assert all(0 < line["kv/tokens"] <= TINY["kv_scales"]["calibration_tokens"] for line in lines)
+
+
+def test_without_segments_a_step_samples_what_it_trains_on_in_one_call(whole: Whole) -> None:
+    for line in metrics(whole.folder)[:-1]:
+        assert {name: line[name] for name in ON_POLICY} == ON_POLICY
+        assert line["rollout/tokens"] == 32 * line["response/mean_length"]  # 8 prompts x 4
 
 
 @pytest.mark.slow
@@ -98,14 +101,6 @@ def test_a_folder_that_holds_a_run_is_refused_before_an_engine_starts(whole: Who
     [line] = end.errors.splitlines()
     assert f"--resume {whole.folder}" in line
     assert (whole.folder / "engine.log").stat().st_size == before
-
-
-def test_samples_of_another_version_are_refused() -> None:
-    task = DigitTask(TaskConfig(heldout_prompts=8), seed=0)
-    [prompt] = task.train_prompts(0, 1)
-    stale = Sample(tokens=(2, 1), logprobs=(-1.0, -1.0), versions=(4, 5))
-    with pytest.raises(StaleWeightsError, match=r"versions \[4, 5\], expected 5"):
-        rollout_batch(task, [prompt], [[stale]], version=5)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
