@@ -33,7 +33,6 @@ def count_what_is_left(data: Any, group: dist.ProcessGroup | None) -> None:
         group: the data-parallel group, or None.
     """
     from verl.utils import tensordict_utils
-    from verl.utils.device import get_device_id
 
     if "response_mask" not in data or "loss_mask" not in data:
         return
@@ -42,7 +41,8 @@ def count_what_is_left(data: Any, group: dist.ProcessGroup | None) -> None:
     if tensordict_utils.get_non_tensor_data(data, "global_batch_size", None) is None:
         return
     rows = mask.unbind() if mask.is_nested else mask
-    sequences = torch.stack([row.any() for row in rows]).sum().to(get_device_id())
+    device = torch.accelerator.current_accelerator(check_available=True) or mask.device
+    sequences = torch.stack([row.any() for row in rows]).sum().to(device)
     if group is not None:
         dist.all_reduce(sequences, group=group)
     tensordict_utils.assign_non_tensor(data, global_batch_size=max(1, int(sequences)))

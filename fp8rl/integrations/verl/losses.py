@@ -216,9 +216,9 @@ def _is_whole(response_mask: Tensor, given: Mapping[str, Any]) -> bool:
     return tokens in (None, int(response_mask.sum())) and sequences in (None, rows)
 
 
-def _given(given: Mapping[str, Any], key: str, here: Tensor) -> Any:
+def _given(given: Mapping[str, Any], key: str, here: Tensor) -> Tensor | float:
     found = given.get(key)
-    return here if found is None else found
+    return here if found is None else float(found)
 
 
 def _own_means(out: LossOutput, counts: Counts) -> dict[str, float]:
