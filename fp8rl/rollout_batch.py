@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from fp8rl.batch import TokenBatch
@@ -28,12 +29,12 @@ class RolloutBatch:
     """
 
     batch: TokenBatch
-    logprobs: Tensor
-    versions: Tensor
-    rewards: Tensor
+    logprobs: Float32[Tensor, "batch time"]
+    versions: Int64[Tensor, "batch time"]
+    rewards: Float32[Tensor, " batch"]
 
-    def ages(self, version: int) -> Tensor:
-        """How many versions before ``version`` each token was sampled: int64 [B, S], 0 outside."""
+    def ages(self, version: int) -> Int64[Tensor, "batch time"]:
+        """How many versions before ``version`` each token was sampled, 0 outside the responses."""
         return torch.where(self.batch.response_mask, version - self.versions, 0)
 
 
