@@ -34,14 +34,14 @@ class Counts:
         sequences: sequences of which at least one token is kept.
     """
 
-    tokens: Tensor | float
-    sequences: Tensor | float
+    tokens: Tensor | float | int
+    sequences: Tensor | float | int
 
     def __add__(self, other: Counts) -> Counts:
         """Those of both batches together."""
         return Counts(self.tokens + other.tokens, self.sequences + other.sequences)
 
-    def divisor(self, aggregation: Aggregation) -> Tensor | float:
+    def divisor(self, aggregation: Aggregation) -> Tensor | float | int:
         """The one of the two that `aggregation` divides by."""
         return self.tokens if aggregation == "token-mean" else self.sequences
 
@@ -125,7 +125,7 @@ def usable(given: Counts, own: Counts, dtype: torch.dtype) -> Counts:
     )
 
 
-def _usable(name: str, given: Tensor | float, empty: Tensor, dtype: torch.dtype) -> Tensor:
+def _usable(name: str, given: Tensor | float | int, empty: Tensor, dtype: torch.dtype) -> Tensor:
     if not isinstance(given, Tensor):  # filled there: a copy to the device would wait for it
         given = torch.full((), given, dtype=dtype, device=empty.device)
     if given.ndim:

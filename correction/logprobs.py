@@ -157,8 +157,7 @@ class _FromHidden(torch.autograd.Function):
         ctx.temperature = temperature
         logprobs, entropies = _outputs(hidden, tokens, entropy)
         for at in _chunks(tokens.shape, len(head), HEAD_BLOCK):
-            logits = linear(hidden[at], head)
-            _score(logits, tokens[at], temperature, logprobs[at], entropies[at])
+            _score(linear(hidden[at], head), tokens[at], temperature, logprobs[at], entropies[at])
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
@@ -179,6 +178,7 @@ class _FromHidden(torch.autograd.Function):
                 # a NaN in a row without gradient must not meet the product: 0 * NaN is NaN
                 rows = hidden[at].masked_fill(gradient[at][:, None] == 0, 0.0)
                 _add_product(head_gradient, logits, rows)
+            del logits  # or the next block would be made beside it
         total = None if head_gradient is None else head_gradient.to(head.dtype)
         return hidden_gradient, total, None, None, None
 

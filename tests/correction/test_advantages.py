@@ -19,7 +19,9 @@ def test_rewards_are_normalized_within_each_group_by_the_sample_deviation():
 @example(value=0.1, n=3)  # three times 0.1, divided by three, is not 0.1
 def test_a_group_of_equal_rewards_gives_exact_zeros(value, n):
     for dtype in (torch.float32, torch.float64):
-        assert not group_advantages(torch.full((n,), value, dtype=dtype), n, eps=0.0).any()
+        rewards = torch.full((n,), value, dtype=dtype)
+        assert not group_advantages(rewards, n, eps=0.0).any()
+        assert not group_advantages(rewards, n, normalize=False).any()
 
 
 @given(seed=st.integers(0, 2**32), n=st.integers(2, 16))
@@ -42,3 +44,9 @@ def test_rewards_that_are_not_whole_groups_are_refused(shape, n):
 def test_a_reward_that_is_not_finite_is_refused_with_its_place():
     with pytest.raises(ValueRangeError, match=r"rewards: nan at \[2\]"):
         group_advantages(torch.tensor([0.0, 1.0, math.nan, 1.0]), 2)
+
+
+def test_without_normalization_an_advantage_is_the_distance_from_the_groups_mean():
+    """Dr.GRPO's: the spread of a group does not change how much it counts."""
+    got = group_advantages(torch.tensor([0.0, 1.0, 10.0, 30.0]), 2, normalize=False)
+    assert got.tolist() == [-0.5, 0.5, -10.0, 10.0]
