@@ -1,8 +1,9 @@
 """Counting the statistics of a few sequences while they are corrected.
 
-Elementwise work is in the part's own dtype, fp32 or wider, and its sums in it too (a part is small,
-and torch adds pairwise); parts are added in fp64. Masked positions hold log-probs of 0, so that
-they add nothing to sums of log-ratios, and are taken out where they would.
+Elementwise work is in the part's own dtype, fp32 or wider. Sums of which a variance is made are in
+fp64, for it is a small difference of them; others in the part's dtype, for a part is small and
+torch adds pairwise. Masked positions hold log-probs of 0, so that they add nothing to sums of
+log-ratios, and are taken out where they would.
 """
 
 import torch
@@ -36,7 +37,7 @@ class PartStatistics:
             self._sums[f"{name}_log_ppl"] = means[name].sum()
             self._sums[f"{name}_ppl"] = (bounded_exp(means[name]) * exists).sum()
         self._sums["unusable"] = self._sums["unusable_train"] | self._sums["unusable_rollout"]
-        apart = means["train"] - means["rollout"]
+        apart = -mean_of_tokens(lr.sums, lr.tokens)  # 0 for a sequence without tokens
         self._sums |= {
             "tokens": lr.tokens.sum(),
             "sequences": exists.sum(),
@@ -53,24 +54,24 @@ class PartStatistics:
 
     def _probabilities(self, train: Tensor, rollout: Tensor) -> None:
         """What Pearson's correlation of the probabilities and their difference need."""
-        p, q = (torch.where(self._mask, x.exp(), 0.0).flatten() for x in (train, rollout))
+        p, q = (torch.where(self._mask, x.exp(), 0.0).flatten().double() for x in (train, rollout))
         self._sums |= {"p": p.sum(), "q": q.sum()}
         self._sums |= {"pp": p.dot(p), "qq": q.dot(q), "pq": p.dot(q)}
         apart = p.sub_(q).abs_()
         self._sums |= {"prob_diff": apart.sum(), "prob_diff_squared": apart.dot(apart)}
         self._maxima["prob_diff"] = apart.amax()
 
-    def tokens(self, lr: TokenLogRatios, deviation: Tensor) -> None:
-        """Divergences token by token, of the raw ratios; `deviation` is ratio - 1."""
-        flat = deviation.flatten()  # 0 where masked
+    def tokens(self, lr: TokenLogRatios, ratio: Tensor) -> None:
+        """Divergences token by token, of the raw ratios, which are 1 where masked."""
+        flat = ratio.flatten().double()
         absolute = lr.value.abs()
         self._maxima["abs_log_ratio"] = absolute.amax()
         masked_tokens = self._mask.numel() - self._sums["tokens"]
         self._sums |= {
             "log_ratio": lr.sums.sum(),
             "k3": lr.k3.sum(),
-            "deviation": flat.sum(),
-            "deviation_squared": flat.dot(flat),
+            "ratio": flat.sum() - masked_tokens,
+            "ratio_squared": flat.dot(flat) - masked_tokens,
             "exp_abs": absolute.exp_().sum() - masked_tokens,
         }
 
@@ -94,10 +95,10 @@ class PartStatistics:
         }
         self._extremes("raw", ratio, mask)
         if weighting is None or weighting.level == "token":
-            names = {"raw_deviation": "deviation", "raw_deviation_squared": "deviation_squared"}
+            names = {"raw": "ratio", "raw_squared": "ratio_squared"}
             self._sums |= {new: self._sums[old] for new, old in names.items()}
-            return
-        self._deviations("raw", ratio, mask)
+        else:
+            self._moments("raw", torch.where(mask, ratio, 0.0))
 
     def weights(self, weights: Tensor, kept: Tensor) -> None:
         """The weights as the loss will take them, 0 where not kept."""
@@ -110,14 +111,14 @@ class PartStatistics:
             "kept_sequence_weight": row_weight.sum(),
             "touched_sequences": (rejected > 0).sum(),
         }
-        self._deviations("weight", weights, kept)
+        self._moments("weight", weights)
         self._extremes("weight", weights, kept)
 
-    def _deviations(self, name: str, x: Tensor, where: Tensor) -> None:
-        """Sums of `x - 1` and of its square."""
-        flat = torch.where(where, x - 1, 0.0).flatten()
-        self._sums[f"{name}_deviation"] = flat.sum()
-        self._sums[f"{name}_deviation_squared"] = flat.dot(flat)
+    def _moments(self, name: str, x: Tensor) -> None:
+        """Sums of `x` and of its square."""
+        flat = x.flatten().double()
+        self._sums[name] = flat.sum()
+        self._sums[f"{name}_squared"] = flat.dot(flat)
 
     def _extremes(self, name: str, x: Tensor, where: Tensor) -> None:
         """Largest and negated smallest of `x`; -inf where there is none."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fp8rl.correction.checks import waits
 from fp8rl.correction.errors import MaskError, ShapeError
 
 # 512 KiB of fp32, half of it a core: what an operation reads and writes stays in L2
@@ -109,7 +110,7 @@ def layout_of(mask: Tensor, cu_seqlens: Tensor | None) -> Layout:
             f"mask: dtype {mask.dtype}, expected torch.bool with True for tokens that count; "
             "use mask.bool()"
         )
-    whole = mask.is_cuda or torch.compiler.is_compiling()
+    whole = waits(mask.device)
     if cu_seqlens is None:
         if mask.ndim != 2 or mask.numel() == 0:
             raise MaskError(

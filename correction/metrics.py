@@ -54,7 +54,7 @@ def _divergences(sums: dict[str, float], maxima: dict[str, float]) -> dict[str, 
     return {
         "kl": -sums["log_ratio"] / n,
         "k3_kl": sums["k3"] / n,
-        "chi2_token": (2 * sums["deviation"] + sums["deviation_squared"]) / n,
+        "chi2_token": sums["ratio_squared"] / n - 1,
         "chi2_seq": sums["squared_sequence_ratio"] / sums["sequences"] - 1,
         "token_mult_prob_error": sums["exp_abs"] / n,
         "log_ratio_abs_max": maxima["abs_log_ratio"],
@@ -82,33 +82,28 @@ def _weights(sums: dict[str, float], maxima: dict[str, float]) -> dict[str, floa
         "rollout_is_ratio_fraction_high": sums["raw_high"] / tokens,
         "rollout_is_ratio_fraction_low": sums["raw_low"] / tokens,
     }
-    named |= _moments(
-        "rollout_is_raw", tokens, sums["raw_deviation"], sums["raw_deviation_squared"]
-    )
+    named |= _moments("rollout_is_raw", tokens, sums["raw"], sums["raw_squared"])
     named |= {
         "rollout_is_raw_max": maxima["raw"],
         "rollout_is_raw_min": -maxima["negative_raw"],
     }
     if kept == 0:  # nothing is left to describe
         return named
-    named |= _moments(
-        "rollout_is", kept, sums["weight_deviation"], sums["weight_deviation_squared"]
-    )
+    named |= _moments("rollout_is", kept, sums["weight"], sums["weight_squared"])
     return named | {
         "rollout_is_max": maxima["weight"],
         "rollout_is_min": -maxima["negative_weight"],
     }
 
 
-def _moments(name: str, n: float, deviation: float, squared: float) -> dict[str, float]:
-    """Mean, standard deviation and effective sample size of `n` numbers near 1."""
-    first = deviation / n
-    mean, variance = 1 + first, max(0.0, squared / n - first**2)
-    second = variance + mean**2
+def _moments(name: str, n: float, first: float, second: float) -> dict[str, float]:
+    """Mean, standard deviation and effective sample size from the sums of `n` numbers."""
+    mean, mean_square = first / n, second / n
     return {
         f"{name}_mean": mean,
-        f"{name}_std": math.sqrt(variance),
-        f"{name}_eff_sample_size": mean**2 / second if second > 0 else 0.0,
+        f"{name}_std": math.sqrt(max(0.0, mean_square - mean**2)),
+        # at most 1 by Cauchy-Schwarz; min() takes the last rounding
+        f"{name}_eff_sample_size": min(1.0, mean**2 / mean_square) if second > 0 else 0.0,
     }
 
 

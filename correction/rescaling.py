@@ -34,8 +34,8 @@ def rescale(
 
 
 def _normalize(stage: BatchNormalize, whole: Statistics) -> tuple[Tensor, Tensor]:
-    n, deviation = whole.sum("kept"), whole.sum("weight_deviation")
-    mean = 1 + deviation / n.clamp(min=1)
+    n = whole.sum("kept")
+    mean = whole.sum("weight") / n.clamp(min=1)
     if stage.level == "sequence":
         mean = whole.sum("kept_sequence_weight") / whole.sum("kept_sequences").clamp(min=1)
     usable = (n > 0) & (mean != 0)  # all weights 0, as icepop may leave them, stay 0; NaN stays NaN
@@ -44,10 +44,10 @@ def _normalize(stage: BatchNormalize, whole: Statistics) -> tuple[Tensor, Tensor
 
 def _mix(stage: ESSMixing, whole: Statistics) -> tuple[Tensor, Tensor]:
     n = whole.sum("kept").clamp(min=1)
-    mean = whole.sum("weight_deviation") / n
-    variance = (whole.sum("weight_deviation_squared") / n - mean.square()).clamp(min=0)
+    mean = whole.sum("weight") / n
+    variance = (whole.sum("weight_squared") / n - mean.square()).clamp(min=0)
     c = ((1 - stage.target) / stage.target) ** 0.5
-    slack = variance.sqrt() - c * mean
+    slack = variance.sqrt() - c * (mean - 1)
     reached = slack <= c  # lambda = 1 is enough
     mixing = torch.where(reached, 1.0, c / torch.where(reached, 1.0, slack))
     return mixing, 1 - mixing
@@ -55,13 +55,10 @@ def _mix(stage: ESSMixing, whole: Statistics) -> tuple[Tensor, Tensor]:
 
 def _rescaled(old: Statistics, a: Tensor, b: Tensor) -> Statistics:
     """The statistics of `a w + b` from those of `w`, a >= 0."""
-    n, first, second = (
-        old.sum(name) for name in ("kept", "weight_deviation", "weight_deviation_squared")
-    )
-    shift = a + b - 1  # of w = 1
+    n, first, second = (old.sum(name) for name in ("kept", "weight", "weight_squared"))
     sums = {
-        "weight_deviation": a * first + shift * n,
-        "weight_deviation_squared": a**2 * second + 2 * a * shift * first + shift**2 * n,
+        "weight": a * first + b * n,
+        "weight_squared": a**2 * second + 2 * a * b * first + b**2 * n,
         "kept_sequence_weight": a * old.sum("kept_sequence_weight") + b * old.sum("kept_sequences"),
     }
     highest, lowest = old.maximum("weight"), -old.maximum("negative_weight")

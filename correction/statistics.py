@@ -2,8 +2,7 @@
 
 Sums and maxima of named quantities, on the batch's device. Two batches' statistics add, over
 micro-batches with `+` and over ranks with `reduced`: metrics of the whole follow from them exactly,
-each token counting once wherever it was. Deviations from 1 are summed instead of ratios, since
-their variance is a small difference of numbers near 1.
+each token counting once wherever it was.
 """
 
 from __future__ import annotations

@@ -138,10 +138,10 @@ def _correct_part(
     lr = train - rollout
     sums, tokens = sequence_log_ratios(lr, layout), layout.count(mask)
     lr.clamp_(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    ratio, deviation = lr.exp(), lr.expm1()
-    token_lr = TokenLogRatios(lr, deviation - lr, sums, tokens)
+    ratio = lr.exp()
+    token_lr = TokenLogRatios(lr, lr.expm1() - lr, sums, tokens)
     counting.policies(train, rollout, token_lr)
-    counting.tokens(token_lr, deviation)
+    counting.tokens(token_lr, ratio)
 
     keep = mask
     for stage in stages:
