@@ -243,6 +243,7 @@ def test_peak_memory_of_a_process(capsys):
         print(f"\n  peak MiB of log-probs: { ({k: round(v) for k, v in peak.items()}) }")
     assert peak["forward"] < 0.25 * peak["logits"]
     assert peak["both"] < 1.25 * peak["logits"]  # the gradient, and chunks
+    assert peak["hidden"] < 0.75 * peak["logits"]  # half of the logits at a time, and chunks
     assert peak["whole"] > 4 * peak["logits"]
 
 

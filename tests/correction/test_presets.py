@@ -67,7 +67,7 @@ old = -torch.rand(6, 16, generator=g) * 5
 rollout = (old + 0.3 * torch.randn(6, 16, generator=g)).clamp(max=0)
 new, mask = old.clone(), torch.rand(6, 16, generator=g) < 0.7
 advantages = torch.randn(6, generator=g)
-stages = [Reject(level="seq_mean", low=0.9, high=1.05), Veto(floor=1e-3), TIS(cap=1.5)]
+stages = [Reject(level="seq_mean", low=0.9, high=1.04), Veto(floor=1e-3), TIS(cap=1.5)]
 loss = PPOClip()
 
 def both(new, old, rollout, advantages, mask):
