@@ -23,10 +23,10 @@ from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
+from fp8rl.engine_replies import call_receiver, inputs, list_tensors, report, sample
 from fp8rl.errors import StaleWeightsError
 from fp8rl.quant.kv_observation import KVObservation
 from fp8rl.sync.errors import UpdateRefusedError
-from fp8rl.sync.manifest import DTYPE_NAMES
 from fp8rl.sync.plugin import BACKEND
 
 SLEEP_TAGS = ("weights", "kv_cache")  # what vLLM can wake one by one
@@ -71,7 +71,7 @@ class EngineServer:
         """What the engine is: the tensors that each worker takes, and its KV cache in tokens."""
         cache = self._llm.llm_engine.vllm_config.cache_config
         return {
-            "tensors": self._llm.collective_rpc(_list_tensors),
+            "tensors": self._llm.collective_rpc(list_tensors),
             "kv_cache_tokens": cache.kv_cache_size_tokens,
         }
 
@@ -93,7 +93,7 @@ class EngineServer:
 
     def worker_report(self) -> list[dict[str, Any]]:
         """For each worker: the live weight-transfer backend, its version and why it refuses."""
-        reports: list[dict[str, Any]] = self._llm.collective_rpc(_report)
+        reports: list[dict[str, Any]] = self._llm.collective_rpc(report)
         return reports
 
     def kv_state(self) -> list[dict[str, Any]]:
@@ -127,7 +127,7 @@ class EngineServer:
             )
             for seed, bound in zip(seeds, own, strict=True)
         ]
-        added = self._llm.enqueue(_inputs(prompts), parameters, use_tqdm=False)
+        added = self._llm.enqueue(inputs(prompts), parameters, use_tqdm=False)
         requests = [name.partition("-")[0] for name in added]  # the rest is vLLM's own
         self._submitted += 1
         self._tickets[self._submitted] = Ticket(requests)
@@ -152,7 +152,7 @@ class EngineServer:
         if ended.failure is not None:
             raise StaleWeightsError(ended.failure)
         outputs = [ended.outputs[request] for request in ended.requests]
-        return [[_sample(completion) for completion in output.outputs] for output in outputs]
+        return [[sample(completion) for completion in output.outputs] for output in outputs]
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Introduce a publisher to every worker; what another one left unfinished is undone."""
@@ -262,7 +262,7 @@ class EngineServer:
         once = SamplingParams(max_tokens=1, detokenize=False)
         added: list[str] = []
         try:
-            added = self._llm.enqueue(_inputs(prompts), once, use_tqdm=False)
+            added = self._llm.enqueue(inputs(prompts), once, use_tqdm=False)
             self._llm.wait_for_completion(use_tqdm=False)
         finally:
             self._llm.llm_engine.abort_request(added, internal=True)  # where a step failed
@@ -339,38 +339,5 @@ class EngineServer:
 
     def _receivers(self, method: str, *arguments: Any) -> list[Any]:
         """Call a method of the receiver in every worker."""
-        results: list[Any] = self._llm.collective_rpc(_call_receiver, args=(method, *arguments))
+        results: list[Any] = self._llm.collective_rpc(call_receiver, args=(method, *arguments))
         return results
-
-
-def _call_receiver(worker: Any, method: str, *arguments: Any) -> Any:
-    """Run inside a worker."""
-    return getattr(worker.weight_transfer_engine, method)(*arguments)
-
-
-def _report(worker: Any) -> dict[str, Any]:
-    """Run inside a worker: what its weight-transfer engine holds, and says of the last call."""
-    return dict(worker.weight_transfer_engine.report())
-
-
-def _list_tensors(worker: Any) -> list[Any]:
-    """Run inside a worker: name, dtype and shape of each tensor that its model takes."""
-    expected = worker.weight_transfer_engine.weights.expected.values()
-    return [[t.name, DTYPE_NAMES[t.dtype], list(t.shape)] for t in expected]
-
-
-def _inputs(prompts: list[list[int]]) -> list[dict[str, list[int]]]:
-    return [{"prompt_token_ids": prompt} for prompt in prompts]
-
-
-def _sample(completion: Any) -> dict[str, Any]:
-    """One vLLM completion as JSON values."""
-    tokens = list(completion.token_ids)
-    logprobs = [
-        step[token].logprob for step, token in zip(completion.logprobs, tokens, strict=True)
-    ]
-    versions = [0] * len(tokens)
-    for span in completion.weight_versions:
-        for position in range(span.start, span.end):
-            versions[position] = int(span.version)
-    return {"tokens": tokens, "logprobs": logprobs, "versions": versions}

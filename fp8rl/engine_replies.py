@@ -1,0 +1,44 @@
+"""What the engine's process asks of vLLM's workers and outputs, as plain JSON values.
+
+``call_receiver``, ``report`` and ``list_tensors`` run inside a worker, to which vLLM sends them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fp8rl.sync.manifest import DTYPE_NAMES
+
+
+def call_receiver(worker: Any, method: str, *arguments: Any) -> Any:
+    """Run inside a worker."""
+    return getattr(worker.weight_transfer_engine, method)(*arguments)
+
+
+def report(worker: Any) -> dict[str, Any]:
+    """Run inside a worker: what its weight-transfer engine holds, and says of the last call."""
+    return dict(worker.weight_transfer_engine.report())
+
+
+def list_tensors(worker: Any) -> list[Any]:
+    """Run inside a worker: name, dtype and shape of each tensor that its model takes."""
+    expected = worker.weight_transfer_engine.weights.expected.values()
+    return [[t.name, DTYPE_NAMES[t.dtype], list(t.shape)] for t in expected]
+
+
+def inputs(prompts: list[list[int]]) -> list[dict[str, list[int]]]:
+    """Prompts as vLLM takes them."""
+    return [{"prompt_token_ids": prompt} for prompt in prompts]
+
+
+def sample(completion: Any) -> dict[str, Any]:
+    """One vLLM completion as JSON values."""
+    tokens = list(completion.token_ids)
+    logprobs = [
+        step[token].logprob for step, token in zip(completion.logprobs, tokens, strict=True)
+    ]
+    versions = [0] * len(tokens)
+    for span in completion.weight_versions:
+        for position in range(span.start, span.end):
+            versions[position] = int(span.version)
+    return {"tokens": tokens, "logprobs": logprobs, "versions": versions}
