@@ -71,7 +71,8 @@ def count(
 
 def _count(kept: Tensor, layout: Layout, group: dist.ProcessGroup | None = None) -> Counts:
     sequences = (lengths(kept, layout, torch.float32) > 0).sum()
-    both = torch.stack([kept.sum(), sequences])
+    # not kept.sum(), which widens a bool eightfold first
+    both = torch.stack([torch.count_nonzero(kept), sequences])
     if group is not None:
         dist.all_reduce(both, group=group)
     return Counts(both[0], both[1])

@@ -17,8 +17,8 @@ always finite; beyond, it has no gradient. Leaves out: KL and entropy terms.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, count_nonzero
 
 from fp8rl.correction.aggregation import token_means
 from fp8rl.correction.layout import Layout
@@ -28,21 +28,22 @@ from fp8rl.correction.ratios import bounded_exp
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """What a loss makes of the tokens; tensors like the mask.
+    """What a loss makes of the tokens.
 
     Attributes:
-        factor: what multiplies weight and advantage, with gradient.
-        ratio: the ratio that is clipped, without gradient.
-        high: bool; tokens whose ratio the upper bound replaced.
-        low: bool; those of the lower bound.
-        dual: bool; those of the dual clip.
+        factor: what multiplies weight and advantage, like the mask, with gradient.
+        ratio: the ratio that is clipped, like the mask, without gradient; at tokens that are not
+            kept it means nothing.
+        high: 0-d, how many kept tokens' ratio the upper bound replaced.
+        low: 0-d, those of the lower bound.
+        dual: 0-d, those of the dual clip.
     """
 
     factor: Float[Tensor, "*tokens"]
     ratio: Float[Tensor, "*tokens"]
-    high: Bool[Tensor, "*tokens"]
-    low: Bool[Tensor, "*tokens"]
-    dual: Bool[Tensor, "*tokens"]
+    high: Int[Tensor, ""]
+    low: Int[Tensor, ""]
+    dual: Int[Tensor, ""]
 
 
 def objective(
@@ -72,24 +73,33 @@ def objective(
     if config.kind == "ppo_clip" or config.kind == "gspo":
         return _clipped(config, ratio, advantages)
     ratio = ratio.detach()
-    none = torch.zeros_like(kept)
+    none = torch.zeros((), dtype=torch.int64, device=kept.device)
     if config.kind == "reinforce":
         return Objective(logprobs, ratio, high=none, low=none, dual=none)
     low, high = 1 - config.clip_low, 1 + config.clip_high
     return Objective(
-        ratio.clamp(low, high) * logprobs, ratio, high=ratio > high, low=ratio < low, dual=none
+        ratio.clamp(low, high) * logprobs,
+        ratio,
+        high=count_nonzero(ratio > high),  # the ratio of a token that is not kept is 1
+        low=count_nonzero(ratio < low),
+        dual=none,
     )
 
 
 def _clipped(config: PPOClip | GSPO, ratio: Tensor, advantages: Tensor) -> Objective:
-    """The minimum written out: a clip acts only where it lowers the objective."""
+    """The minimum written out: a clip acts only where it lowers the objective.
+
+    It never acts where the advantage is 0, so no token that is not kept is counted.
+    """
     low, high = 1 - config.clip_low, 1 + config.clip_high
     negative = advantages < 0
     too_high = (advantages > 0) & (ratio > high)
     too_low = negative & (ratio < low)
     factor = ratio.masked_fill(too_high, high).masked_fill(too_low, low)
-    dual = torch.zeros_like(negative)
+    dual = torch.zeros((), dtype=torch.int64, device=ratio.device)
     if config.kind == "ppo_clip" and config.dual_clip is not None:
-        dual = negative & (ratio > config.dual_clip)
-        factor = factor.masked_fill(dual, config.dual_clip)
-    return Objective(factor, ratio.detach(), high=too_high, low=too_low, dual=dual)
+        far_too_high = negative & (ratio > config.dual_clip)
+        factor = factor.masked_fill(far_too_high, config.dual_clip)
+        dual = count_nonzero(far_too_high)
+    high_count, low_count = count_nonzero(too_high), count_nonzero(too_low)
+    return Objective(factor, ratio.detach(), high=high_count, low=low_count, dual=dual)

@@ -105,7 +105,9 @@ def describe(config: Mapping[str, Any]) -> str:
     arm = ARMS[config["rollout"]["precision"]]
     if config["trainer"].get("precision") == "fp8-aligned":  # absent in older runs
         arm += ", FP8-aligned trainer"
-    return f"{arm}, correction {config['correction']['kind']}, seed {config['seed']}"
+    stages = " + ".join(stage["kind"] for stage in config["correction"]["stages"]) or "none"
+    bypass = ", bypass" if config["correction"]["mode"] == "bypass" else ""
+    return f"{arm}, correction {stages}{bypass}, seed {config['seed']}"
 
 
 def warn_saturation(config: Mapping[str, Any]) -> float | None:
