@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fp8rl.config import RunConfig
 from fp8rl.correction import (
     Correction,
     Counts,
@@ -29,24 +30,28 @@ from fp8rl.correction import (
 )
 from fp8rl.rollout_batch import RolloutBatch
 from fp8rl.run_dir import Metrics
-from fp8rl.session import Session
+from fp8rl.trainer import MegatronTrainer
 
 OLDEST_AGE = 4  # tokens of this age and older are one group in the metrics
 
 
 def learn(
-    run: Session, rollout: RolloutBatch, old_logprobs: Tensor | None, version: int
+    config: RunConfig,
+    trainer: MegatronTrainer,
+    rollout: RolloutBatch,
+    old_logprobs: Tensor | None,
+    version: int,
 ) -> Metrics:
     """Take the optimizer steps of one batch, one for each minibatch of whole groups.
 
     Args:
-        run: the session.
+        config: the run's.
+        trainer: whose weights take the steps.
         rollout: the batch.
         old_logprobs: the trainer's log-probs of it under `version`, fp32 [B, S]; None in bypass
             mode.
         version: the weights that are trained; tokens of older ones are reported by their age.
     """
-    config = run.config
     mask = rollout.batch.response_mask
     advantages = group_advantages(
         rollout.rewards,
@@ -62,17 +67,19 @@ def learn(
         allowed = drop_mastered(config.loss.mastered, reference, advantages, mask, entropy)
         metrics["policy/mastered_fraction"] = float((mask & ~allowed).sum() / mask.sum())
     if old_logprobs is None:
-        return metrics | _bypass(run, rollout, advantages, allowed)
+        return metrics | _bypass(config, trainer, rollout, advantages, allowed)
     correction = correct(config.correction.stages, old_logprobs, rollout.logprobs, mask)
     metrics |= correction.metrics()
     ages = by_age(rollout.ages(version), OLDEST_AGE)
     if ages.index.any():
         metrics |= group_metrics(ages, old_logprobs, rollout.logprobs, mask)
-    return metrics | _decoupled(run, rollout, old_logprobs, advantages, correction, allowed)
+    steps = _decoupled(config, trainer, rollout, old_logprobs, advantages, correction, allowed)
+    return metrics | steps
 
 
 def _decoupled(
-    run: Session,
+    config: RunConfig,
+    trainer: MegatronTrainer,
     rollout: RolloutBatch,
     old_logprobs: Tensor,
     advantages: Tensor,
@@ -80,9 +87,8 @@ def _decoupled(
     allowed: Tensor,
 ) -> Metrics:
     """Steps with weights that are known beforehand."""
-    config = run.config
     steps, found = [], []
-    for rows in _minibatches(run, rollout):
+    for rows in _minibatches(config, rollout):
         old, advantage, weights = old_logprobs[rows], advantages[rows], correction.weights[rows]
         kept = correction.kept[rows] & allowed[rows]
         counts, outputs = count(kept), list[LossOutput]()
@@ -102,16 +108,21 @@ def _decoupled(
             return outputs[-1].loss
 
         batch = rollout.batch.rows(rows)
-        steps.append(run.trainer.update(batch, loss_fn, config.trainer.learning_rate))
+        steps.append(trainer.update(batch, loss_fn, config.trainer.learning_rate))
         found.append(_added(outputs))
-    return {**_means(steps), **run.trainer.from_last_stage(_means(found))}
+    return {**_means(steps), **trainer.from_last_stage(_means(found))}
 
 
-def _bypass(run: Session, rollout: RolloutBatch, advantages: Tensor, allowed: Tensor) -> Metrics:
+def _bypass(
+    config: RunConfig,
+    trainer: MegatronTrainer,
+    rollout: RolloutBatch,
+    advantages: Tensor,
+    allowed: Tensor,
+) -> Metrics:
     """Steps that correct each micro-batch under the policy being stepped."""
-    config = run.config
     steps, found, statistics = [], [], []
-    for rows in _minibatches(run, rollout):
+    for rows in _minibatches(config, rollout):
         behaviour, mask = rollout.logprobs[rows], rollout.batch.response_mask[rows]
         advantage, allow = advantages[rows], allowed[rows]
         outputs = list[LossOutput]()
@@ -139,22 +150,20 @@ def _bypass(run: Session, rollout: RolloutBatch, advantages: Tensor, allowed: Te
             return torch.as_tensor(kept.divisor(config.loss.aggregation)).clamp(min=1)
 
         batch = rollout.batch.rows(rows)
-        steps.append(
-            run.trainer.update(batch, loss_fn, config.trainer.learning_rate, divisor=divisor)
-        )
+        steps.append(trainer.update(batch, loss_fn, config.trainer.learning_rate, divisor=divisor))
         tokens = sum(float(out.counts.tokens) for out in outputs)
         found.append(_added(outputs, divided_by=max(tokens, 1.0)))
     seen = _means(found)
     if statistics:
         stages = config.correction.stages
         seen |= correction_metrics(stages, total(statistics))
-    return {**_means(steps), **run.trainer.from_last_stage(seen)}
+    return {**_means(steps), **trainer.from_last_stage(seen)}
 
 
-def _minibatches(run: Session, rollout: RolloutBatch) -> list[slice]:
+def _minibatches(config: RunConfig, rollout: RolloutBatch) -> list[slice]:
     """Runs of whole groups, one for each optimizer step."""
     count = len(rollout.rewards)
-    rows = count // run.config.trainer.minibatches
+    rows = count // config.trainer.minibatches
     return [slice(start, start + rows) for start in range(0, count, rows)]
 
 

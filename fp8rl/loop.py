@@ -76,7 +76,7 @@ def step(run: Session, version: int) -> Metrics:
         with run.phase("score"):
             old_logprobs = score(run, rollout, metrics)
     with run.phase("train"):
-        metrics |= learn(run, rollout, old_logprobs, version)
+        metrics |= learn(config, run.trainer, rollout, old_logprobs, version)
     if run.calibration:
         run.calibration.trained = rollout.batch
     return metrics
