@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fp8rl.correction.aggregation import Counts, _count, aggregate, usable
-from fp8rl.correction.checks import POSITIVE_TOLERANCE, check_shapes, raise_first, waits
+from fp8rl.correction.checks import check_shapes, check_values
 from fp8rl.correction.errors import ShapeError
 from fp8rl.correction.layout import Layout, layout_of
 from fp8rl.correction.losses_config import LossConfig
@@ -83,35 +83,21 @@ def policy_loss(
     """
     layout = layout_of(kept, cu_seqlens)
     advantages = per_token(advantages, kept, layout)
-    given = {
-        "logprobs": logprobs,
-        "old_logprobs": old_logprobs.detach(),
-        "advantages": advantages.detach(),
-        "weights": weights.detach(),
-    }
-    check_shapes(kept, given)
-    new, old, advantage, weight = (masked(x, kept) for x in given.values())
-    unpoisoned = _check(
-        kept, {"logprobs": new, "old_logprobs": old}, {"advantages": advantage, "weights": weight}
-    )
+    logs = {"logprobs": logprobs, "old_logprobs": old_logprobs}
+    factors = {"advantages": advantages, "weights": weights}
+    check_shapes(kept, logs | factors)
+    poison = check_values(kept, logprobs=logs, finite=factors)
+
+    new, old = masked(logprobs, kept), masked(old_logprobs.detach(), kept)
+    advantage, weight = masked(advantages.detach(), kept), masked(weights.detach(), kept)
     found = objective(config, new, old, advantage, kept, layout)
     own = _count(kept, layout)
     total = usable(own if counts is None else counts, own, new.dtype)
     mean = aggregate(config, weight * found.factor * advantage, kept, layout, total)
-    # a factor of 1 or NaN: added, a NaN would not reach the gradient
-    loss = -mean * unpoisoned
+    # times 1 or NaN: added, a NaN would not reach the gradient
+    loss = -mean * (1 + poison)
     kl = (old - new.detach()).sum()
     return LossOutput(loss, _metrics(found, kl, kept, total), own)
-
-
-def _check(kept: Tensor, logs: dict[str, Tensor], factors: dict[str, Tensor]) -> Tensor:
-    """`check_values` for tensors that are 0 where masked, in one pass over each: 1, or NaN."""
-    bounds = [torch.aminmax(x.detach()) for x in (*logs.values(), *factors.values())]
-    finite = torch.stack([each for pair in bounds for each in pair]).isfinite().all()
-    good = finite & (torch.stack([high for _, high in bounds[:2]]).amax() <= POSITIVE_TOLERANCE)
-    if not waits(kept.device) and not good:
-        raise_first(kept, logs, factors)
-    return torch.where(good, 1.0, torch.nan)
 
 
 def per_token(advantages: Tensor, kept: Tensor, layout: Layout) -> Tensor:
