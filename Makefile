@@ -3,13 +3,14 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/.installed
+VERL_STAMP := .venv-verl/.installed
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 ifndef RUN
 RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 endif
 
-.PHONY: setup demo bench test test-long lint
+.PHONY: setup demo bench test test-long test-verl lint
 
 ## make .venv with everything that is pinned; does nothing when it is up to date
 setup: $(STAMP)
@@ -48,3 +49,16 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p fp8rl
 	$(BIN)/lint-imports
+
+## fp8rl inside the real veRL and TRL, which want another transformers than vLLM: .venv-verl
+test-verl: $(VERL_STAMP)
+	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest -q tests/integrations/verl tests/integrations/trl
+
+$(VERL_STAMP): requirements/torch.txt requirements/verl.txt pyproject.toml
+	@echo "installing veRL and TRL into .venv-verl (2.3 GB, a minute or two)"
+	$(PYTHON) -m venv .venv-verl
+	.venv-verl/bin/pip install --quiet --no-deps -r requirements/torch.txt || \
+	  .venv-verl/bin/pip install --quiet --no-deps --index-url $(TORCH_INDEX) -r requirements/torch.txt
+	.venv-verl/bin/pip install --quiet --no-deps -r requirements/verl.txt
+	.venv-verl/bin/pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $(VERL_STAMP)
