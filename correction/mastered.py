@@ -42,14 +42,14 @@ def drop_mastered(
         old_logprobs: of pi_old, nats; in bypass mode the rollout's stand in for it.
         advantages: one for each sequence [batch], or one for each token.
         kept: bool, `Correction.kept`.
-        entropy: mean token entropy of the policy over the batch (of all ranks), in nats; a number
-            or a 0-d tensor.
+        entropy: mean token entropy of the policy over the batch (of all ranks), in nats, or an
+            estimate of it; a number or a 0-d tensor.
         cu_seqlens: int [batch + 1], where the packed sequences begin and end.
 
     Raises:
         MaskError, ShapeError: the tensors do not fit together.
         LogProbError: an unmasked log-prob is NaN, infinite or positive.
-        ValueRangeError: unmasked advantages are not finite, or entropy is not a number.
+        ValueRangeError: unmasked advantages are not finite, or entropy is NaN or infinite.
     """
     layout = layout_of(kept, cu_seqlens)
     advantages = per_token(advantages, kept, layout)
@@ -59,7 +59,7 @@ def drop_mastered(
         entropy = torch.full((), entropy, device=kept.device)
     if entropy.ndim:
         raise ShapeError(f"entropy: shape {list(entropy.shape)}, expected one mean, in nats")
-    if not waits(entropy.device) and not entropy >= 0:
+    if not waits(entropy.device) and not torch.isfinite(entropy):
         raise ValueRangeError(
             f"entropy: {entropy.item()}, expected the policy's mean token entropy, in nats"
         )

@@ -5,10 +5,16 @@ import math
 import pytest
 import torch
 
-from fp8rl.correction import LogProbError, MasteredTokens, PPOClip, ShapeError, ValueRangeError
-from fp8rl.correction.aggregation import count
-from fp8rl.correction.losses import policy_loss
-from fp8rl.correction.mastered import drop_mastered
+from fp8rl.correction import (
+    LogProbError,
+    MasteredTokens,
+    PPOClip,
+    ShapeError,
+    ValueRangeError,
+    count,
+    drop_mastered,
+    policy_loss,
+)
 from tests.correction.loss_cases import packed
 
 RULE = MasteredTokens(probability=0.9, entropy=0.5)
@@ -64,7 +70,7 @@ def test_what_stands_at_masked_positions_is_never_read():
 
 @pytest.mark.usefixtures("annotations_unchecked")
 def test_bad_input_is_refused_by_name():
-    for entropy in (math.nan, -0.1, torch.tensor(math.nan)):
+    for entropy in (math.nan, math.inf, torch.tensor(math.nan)):
         with pytest.raises(ValueRangeError, match=r"^entropy: "):
             drop_mastered(RULE, OLD, POSITIVE_FIRST, KEPT, entropy)
     with pytest.raises(ShapeError, match=r"^entropy: shape \[2, 3\]"):
