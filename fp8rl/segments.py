@@ -33,10 +33,15 @@ from fp8rl.errors import EngineError, StaleWeightsError
 from fp8rl.rollout import Sample, Segment
 from fp8rl.task import TokenIds
 
-# Torch's CPU generator reads the low 32 bits of a seed; this step, 2^32 / golden ratio, spreads the
-# segments of a response over them, far from those of others.
-SEED_STEP = 0x9E3779B1
+# Torch's CPU generator reads the low 32 bits of a seed. These odd steps (the first 2^32 / golden
+# ratio) spread the segments of a response and the runs over them, far from each other.
+SEED_STEP, RUN_STEP = 0x9E3779B1, 0x85EBCA6B
 NOTHING = Sample((), (), ())
+
+
+def first_seed(run_seed: int) -> int:
+    """The seed of a run's first response: in the bits that are read, another for every run."""
+    return run_seed * RUN_STEP % 2**32
 
 
 @dataclass(frozen=True)

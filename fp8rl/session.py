@@ -30,7 +30,7 @@ from fp8rl.report import closing_table, describe, result, write_report
 from fp8rl.rollout import EngineSettings, RolloutEngine
 from fp8rl.rollout_batch import examples_batch, prompts_batch, width
 from fp8rl.run_dir import Metrics, RunDir
-from fp8rl.segments import Bounds, SegmentPool
+from fp8rl.segments import Bounds, SegmentPool, first_seed
 from fp8rl.sync.publisher import Publisher
 from fp8rl.task import DigitTask, TokenIds
 from fp8rl.trainer import MegatronTrainer
@@ -175,7 +175,7 @@ def segment_pool(config: RunConfig, task: DigitTask) -> SegmentPool:
         segment_tokens=rollout.segment_tokens or longest,
         max_tokens=longest,
         stop_token=task.eos_id,
-        seed=config.seed << 32,
+        seed=first_seed(config.seed),
     )
 
     @lru_cache(maxsize=2)

@@ -21,7 +21,7 @@ from fp8rl import loop
 from fp8rl.config import load_config
 from fp8rl.rollout import RolloutEngine, Sample, Segment
 from fp8rl.rollout_batch import RolloutBatch
-from fp8rl.segments import SEED_STEP, Group, SegmentPool
+from fp8rl.segments import SEED_STEP, Group, SegmentPool, first_seed
 from tests.fp8rl.run_helpers import TINY, Command, metrics, numbers, write_config
 
 pytestmark = pytest.mark.slow  # real engines
@@ -77,7 +77,7 @@ def seen(config: Path) -> Seen:
 
 def response(seed: int) -> int:
     """Which of the run's responses a segment with that seed belongs to."""
-    return (seed - (TINY["seed"] << 32)) % SEED_STEP
+    return (seed - first_seed(TINY["seed"])) % SEED_STEP
 
 
 def test_the_batchs_versions_and_logprobs_are_what_the_engine_said_of_each_token(

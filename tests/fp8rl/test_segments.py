@@ -21,7 +21,7 @@ from fp8rl.config import TaskConfig, parse_config
 from fp8rl.correction import TIS, correct
 from fp8rl.errors import EngineError, StaleWeightsError
 from fp8rl.rollout import Sample, Segment
-from fp8rl.segments import Bounds, Group, SegmentPool
+from fp8rl.segments import SEED_STEP, Bounds, Group, SegmentPool, first_seed
 from fp8rl.session import segment_pool
 from fp8rl.task import DigitTask
 
@@ -86,7 +86,7 @@ shapes = st.fixed_dictionaries(
         "samples": st.integers(1, 3),
         "segment_tokens": st.integers(1, 5),
         "max_tokens": st.integers(1, 9),
-        "seed": st.integers(0, 3).map(lambda seed: seed << 32),
+        "seed": st.integers(0, 3).map(first_seed),
     }
 )
 
@@ -199,12 +199,21 @@ def test_no_two_segments_of_a_run_share_a_seed_in_the_bits_that_the_generator_re
         seeds.extend(segment.seed for segment in segments)
         return engine(segments, version)
 
-    pool = make_pool(groups=32, samples=8, segment_tokens=1, max_tokens=12, seed=7 << 32)
+    pool = make_pool(groups=32, samples=8, segment_tokens=1, max_tokens=12, seed=first_seed(7))
     for version in range(12):
         pool.take(functools.partial(recording, version=version), version)
     assert len(seeds) > 5000
     assert len({seed % 2**32 for seed in seeds}) == len(seeds)
     assert max(seeds) < 2**63
+
+
+def test_runs_of_different_seeds_share_no_sampling_noise() -> None:
+    """100 steps of 512 responses in up to 8 segments each: no seed in two of 8 runs."""
+    rows = torch.arange(100 * 512)
+    runs = [first_seed(run) + rows + k * SEED_STEP for run in range(8) for k in range(8)]
+    read = torch.cat(runs) % 2**32
+    assert len(read.unique()) == len(read)
+    assert first_seed(0) == 0 and first_seed(2**40 + 1) < 2**32
 
 
 @pytest.mark.parametrize(
@@ -245,7 +254,7 @@ def test_a_run_meets_the_same_prompts_and_first_seeds_however_it_is_cut(
         pool.take(functools.partial(first_only, version=version), version)
     prompts = [prompt for step in range(3) for prompt in task.train_prompts(step, 4)]
     assert [segment.tokens for segment in asked] == [prompt for prompt in prompts for _ in "ab"]
-    assert [segment.seed for segment in asked] == [(9 << 32) + row for row in range(24)]
+    assert [segment.seed for segment in asked] == [first_seed(9) + row for row in range(24)]
 
 
 # What follows holds the whole way against an exact policy gradient: responses cut at every token,
