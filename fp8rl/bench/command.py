@@ -1,4 +1,4 @@
-"""The command line of the benchmarks: `fp8rl bench quant`, `kv-scales`, `density`, `sync`."""
+"""The command line of the benchmarks: `fp8rl bench quant`, `kv-scales`, `density`, `sync`, ..."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+from fp8rl.bench.correction_command import CORRECTION_EXAMPLES, correction
+from fp8rl.bench.folders import make
 
 app = typer.Typer(
     help="Measure fp8rl beside its alternatives, in one run.",
@@ -107,7 +110,7 @@ def quant(
         )
         raise typer.Exit(2)
     folder = out or Path("runs") / f"bench-quant-{datetime.now():%Y%m%d-%H%M%S}"
-    _make(folder)
+    make(folder)
     shapes = shapes_of({"all": list(MODELS), "none": []}.get(model, [model]))
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -124,6 +127,9 @@ def quant(
     if not as_json:
         print_result(result, Console())
     typer.echo(json.dumps(asdict(result)) if as_json else str(folder))
+
+
+app.command(epilog=CORRECTION_EXAMPLES)(correction)
 
 
 @app.command("kv-scales", epilog=KV_SCALES_EXAMPLES)
@@ -172,7 +178,7 @@ def kv_scales(
         typer.echo("fp8rl: --model none and --measured-by none leave nothing to measure", err=True)
         raise typer.Exit(2)
     folder = out or Path("runs") / f"bench-kv-scales-{datetime.now():%Y%m%d-%H%M%S}"
-    _make(folder)
+    make(folder)
     names = {"all": list(SHAPES), "none": []}.get(model, [model])
     result = bench_kv_scales(
         [SHAPES[name] for name in names],
@@ -220,7 +226,7 @@ def density(
     from fp8rl.config import RunConfig
 
     folder = out or Path("runs") / f"bench-density-{datetime.now():%Y%m%d-%H%M%S}"
-    _make(folder)
+    make(folder)
     result = bench_density(RunConfig(), steps, folder, started=partial(typer.echo, err=True))
     result.write(folder)
     save_picture(result, folder / "density.png")
@@ -266,7 +272,7 @@ def sync(
     from fp8rl.errors import ConfigError, EngineError
 
     folder = out or Path("runs") / f"bench-sync-{datetime.now():%Y%m%d-%H%M%S}"
-    _make(folder)
+    make(folder)
     try:
         result = bench_sync(SHAPES[shape], rounds, folder, started=partial(typer.echo, err=True))
     except (ConfigError, EngineError) as error:
@@ -277,15 +283,3 @@ def sync(
     if not as_json:
         print_result(result, Console())
     typer.echo(json.dumps(asdict(result)) if as_json else str(folder))
-
-
-def _make(folder: Path) -> None:
-    """Make the folder before anything is measured, and refuse to overwrite a result."""
-    if (folder / "result.json").exists():
-        typer.echo(f"fp8rl: {folder} holds a result already; choose another --out", err=True)
-        raise typer.Exit(2)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        typer.echo(f"fp8rl: {folder} cannot be made: {error}", err=True)
-        raise typer.Exit(2) from error
