@@ -20,6 +20,7 @@ from fp8rl.correction.errors import (
     ValueRangeError,
 )
 from fp8rl.correction.groups import Groups, by_age, by_position, group_metrics
+from fp8rl.correction.logprobs import TokenScores, log_probs_from_hidden, log_probs_from_logits
 from fp8rl.correction.losses import LossOutput, policy_loss
 from fp8rl.correction.losses_config import (
     CISPO,
@@ -77,6 +78,7 @@ __all__ = [
     "ShapeError",
     "Stage",
     "Statistics",
+    "TokenScores",
     "ValueRangeError",
     "Veto",
     "by_age",
@@ -89,6 +91,8 @@ __all__ = [
     "group_advantages",
     "group_metrics",
     "importance_ratios",
+    "log_probs_from_hidden",
+    "log_probs_from_logits",
     "policy_loss",
     "total",
 ]
