@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from tests import helpers
 
 PROMPT = [2 + i % 60 for i in range(40)]

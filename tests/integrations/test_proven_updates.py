@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 
-from fp8rl.quant import KVScaleError, NonFiniteWeightError
-from fp8rl.sync import SourceError
 from tests import helpers
 
 pytest.importorskip("vllm", reason="the engine half needs vLLM: run in the main environment")

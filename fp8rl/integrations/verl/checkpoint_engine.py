@@ -234,4 +234,5 @@ def _own_address() -> str:
     """This node's address, as the others reach it."""
     import ray
 
-    return str(ray.util.get_node_ip_address()).strip("[]")
+    node: Any = ray.util
+    return str(node.get_node_ip_address()).strip("[]")

@@ -148,11 +148,11 @@ def _rejection(name: str, threshold: str) -> Stage:
     divergence: Any = found
     low, high = _bounds(f"rollout_rs_threshold of {name}", threshold)
     if divergence == "k1":
-        return Reject(
-            divergence="k1", level=level, low=1 / high if low is None else low, high=high
-        )
+        return Reject(divergence="k1", level=level, low=1 / high if low is None else low, high=high)
     if low is not None:
-        raise ValueError(f"rollout_rs_threshold of {name}: {threshold!r}; it has an upper bound only")
+        raise ValueError(
+            f"rollout_rs_threshold of {name}: {threshold!r}; it has an upper bound only"
+        )
     return Reject(divergence=divergence, level=level, high=high)
 
 

@@ -189,9 +189,7 @@ class _Named:
         """As `weighted_loss`."""
         tensors = (old_log_prob, log_prob, advantages, response_mask)
         given = config.global_batch_info
-        return weighted_loss(
-            self._kind, *tensors, loss_agg_mode, config, rollout_is_weights, given
-        )
+        return weighted_loss(self._kind, *tensors, loss_agg_mode, config, rollout_is_weights, given)
 
 
 def install(core_algos: ModuleType) -> None:

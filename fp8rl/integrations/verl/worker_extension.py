@@ -1,7 +1,6 @@
-"""veRL's vLLM worker extension with updates that are proven:
+"""veRL's vLLM worker extension with updates that are proven.
 
-    actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls=\\
-        fp8rl.integrations.verl.worker_extension.WorkerExtension
+It is `actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls`; see `settings.EXTENSION`.
 
 Everything but updates is veRL's. Its patches of vLLM's FP8 layers are left out: they change how
 weights are laid out after a load, and are for weights that are quantized where they arrive.
@@ -44,7 +43,9 @@ class WorkerExtension(ProvenUpdates, vLLMColocateWorkerExtension):
         worker._is_qat_model = worker._is_modelopt_qat = False
         return worker
 
-    def monkey_patch_model(self, vocab_size: int, banned_token_ids: list[int] | None = None) -> None:
+    def monkey_patch_model(
+        self, vocab_size: int, banned_token_ids: list[int] | None = None
+    ) -> None:
         """Keep tokens out that must not be sampled; the weights' loaders stay vLLM's."""
         for model in self._iter_all_models():
             monkey_patch_compute_logits(model, vocab_size, banned_token_ids)

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from tests.integrations.verl.own import batch, own_helper
 from verl.protocol import DataProto
 from verl.trainer.config.algorithm import RolloutCorrectionConfig
 from verl.trainer.ppo import rollout_corr_helper as helper
@@ -17,6 +16,7 @@ from verl.trainer.ppo import rollout_corr_helper as helper
 from fp8rl.correction import PRESETS, TIS, BatchNormalize, IcePop, LogProbError, Reject
 from fp8rl.integrations.verl.correction import rollout_correction, stages_of
 from fp8rl.integrations.verl.losses import CORRECTION_KEYS
+from tests.integrations.verl.own import batch, own_helper
 
 OWN = own_helper().compute_rollout_correction_and_rejection_mask
 

@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from tensordict import TensorDict
-from tests.integrations.verl.own import batch
 from torch import Tensor
 from verl.utils import tensordict_utils as tu
 from verl.workers.engine.base import BaseEngine
+
+from tests.integrations.verl.own import batch
 
 
 class Recorder(BaseEngine):

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from tensordict import NonTensorData, TensorDict
-from tests.integrations.verl.own import actor, batch, own_helper
 from torch import Tensor
 from verl.trainer.ppo import core_algos, rollout_corr_helper
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
@@ -17,6 +16,7 @@ from verl.workers.utils.losses import ppo_loss
 from fp8rl.correction import CISPO, GSPO, Counts, PPOClip, Reinforce, correct, policy_loss
 from fp8rl.integrations.verl.correction import stages_of
 from fp8rl.integrations.verl.losses import BypassRejectionError
+from tests.integrations.verl.own import actor, batch, own_helper
 
 OURS_TO_OWN = {"fp8rl_ppo_clip": "vanilla", "fp8rl_gspo": "gspo", "fp8rl_cispo": "cispo"}
 AGGREGATIONS = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
@@ -45,7 +45,9 @@ def called(name: str, config: Any, aggregation: str, **given: Any) -> tuple[Tens
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("ours", OURS_TO_OWN)
-@pytest.mark.parametrize("given", [{}, {"dp_size": 2, "batch_num_tokens": 90, "global_batch_size": 16}])
+@pytest.mark.parametrize(
+    "given", [{}, {"dp_size": 2, "batch_num_tokens": 90, "global_batch_size": 16}]
+)
 def test_loss_and_gradient_are_veRLs(ours: str, aggregation: str, given: dict[str, int]) -> None:
     config = actor(clip_ratio_low=0.1, clip_ratio_high=0.2, clip_ratio_c=1.5)
     config.global_batch_info.update(given)
@@ -153,13 +155,13 @@ def test_through_veRLs_own_ppo_loss() -> None:
 
 
 def bypass_actor(**correction: Any) -> Any:
-    return actor(policy_loss=PolicyLossConfig(loss_mode="bypass_mode", rollout_correction=correction))
+    return actor(
+        policy_loss=PolicyLossConfig(loss_mode="bypass_mode", rollout_correction=correction)
+    )
 
 
 @pytest.mark.parametrize("loss_type", ["ppo_clip", "reinforce"])
-def test_bypass_without_rejection_is_veRLs(
-    loss_type: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bypass_without_rejection_is_veRLs(loss_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = bypass_actor(rollout_is="sequence", loss_type=loss_type)
     config.global_batch_info.update(dp_size=2, batch_num_tokens=90, global_batch_size=16)
     data = tensors()

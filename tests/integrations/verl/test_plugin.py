@@ -1,4 +1,4 @@
-"""The plugin is found by veRL itself, costs nothing until it is needed, and never fails silently."""
+"""The plugin is found by veRL itself, costs nothing until it is needed, and is never silent."""
 
 from __future__ import annotations
 
@@ -89,9 +89,7 @@ def test_none_leaves_veRL_as_it_is() -> None:
         ("workers/rollout/base.py", "_ROLLOUT_REGISTRY", "_ROLLOUT_REGISTRY"),
     ],
 )
-def test_a_veRL_without_a_place_is_an_error_in_the_log(
-    module: str, place: str, told: str
-) -> None:
+def test_a_veRL_without_a_place_is_an_error_in_the_log(module: str, place: str, told: str) -> None:
     name = "verl." + module.removesuffix(".py").replace("/", ".")
     ended = ran(
         "import types, importlib, verl\n"
