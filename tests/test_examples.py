@@ -150,3 +150,19 @@ def test_ctrl_c_leaves_no_process_of_the_ray_example_behind(tmp_path: Path) -> N
         assert [process for process in waited_for if runs(process)] == []
     finally:
         run.kill()
+
+
+def test_the_picture_of_bias_shows_what_enumeration_gives(tmp_path: Path) -> None:
+    import torch
+
+    bias = import_module("examples.correction_bias")
+    chain = bias.Chain()
+    noise = torch.randn(chain.logits.shape, generator=chain.generator, dtype=torch.float64)
+    found = {
+        name: chain.estimate(chain.logits + 0.3 * noise, stages)
+        for name, stages in bias.LISTS.items()
+    }
+    assert found["sequences, no cap"][0] < 1e-6, "untruncated sequence weights are exact"
+    assert found["TIS of sequences, cap 2"][0] < found["TIS of tokens, cap 2"][0]
+    assert found["TIS of tokens, cap 2"][0] < found["no correction"][0]
+    assert all(error > of_bias for of_bias, error in found.values()), "a batch adds its noise"
