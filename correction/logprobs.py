@@ -1,40 +1,45 @@
 """Log-probs of given tokens from logits or hidden states, without a wide copy of the logits.
 
-    log p(y) = x_y - log sum_v exp(x_v),   x = logits / temperature          in fp32 or wider
+    log p(y) = (x_y - m) - log sum_v exp(x_v - m),   x = logits / temperature,   m = max x
     d log p(y) / d logits_v = ([v = y] - p_v) / temperature
     H = - sum_v p_v log p_v                                                  entropy, in nats
 
-`torch.log_softmax(logits.float(), -1)` holds [tokens, vocabulary] in fp32, twice with its gradient:
-5 GB each for 8192 tokens and a vocabulary of 151936. Here forward and backward run over chunks of
-tokens, and the backward pass takes the softmax again instead of keeping it.
+in fp32 or wider. `torch.log_softmax(logits.float(), -1)` holds [tokens, vocabulary] in fp32, twice
+with its gradient: 5 GB each for 8192 tokens and a vocabulary of 151936. Here forward and backward
+run over chunks of tokens, and the backward pass takes the softmax again instead of keeping it.
 
-    log_probs_from_logits    logits and their gradient exist, in their own dtype
+    log_probs_from_logits    logits and their gradient exist, in their own dtype; the vocabulary
+                             may be sharded over ranks
     log_probs_from_hidden    they exist for a block of tokens alone: the head is applied block by
                              block too, once more in the backward pass
 
-The temperature has to be the one the rollout sampled with, or the importance ratio is off.
-Leaves out: a vocabulary sharded over ranks, softcapping, a head with a bias, gradients of the
-entropy.
+The temperature has to be the one the rollout sampled with, or the importance ratio is off. An id
+outside the vocabulary has a log-prob of NaN: at padding nobody reads it, elsewhere the losses
+refuse it. Leaves out: softcapping, a head with a bias or sharded, gradients of the entropy.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from fp8rl.correction.checks import waits
+from fp8rl.correction.chunked_softmax import (
+    chunks,
+    empty_sums,
+    join,
+    logits_gradient,
+    place,
+    reduce_logits,
+)
 from fp8rl.correction.errors import ShapeError, ValueRangeError
 
-# Logits at a time, in fp32: on a CPU what its caches hold, elsewhere what a launch is worth.
-CPU_CHUNK, DEVICE_CHUNK = 2**20, 2**26
 # Logits at a time between two products with the head, in their own dtype.
 HEAD_BLOCK = 2**26
 # Elements at a time of the head's gradient, in the head's dtype, before they join the fp32 sum.
@@ -60,6 +65,7 @@ def log_probs_from_logits(
     *,
     temperature: float = 1.0,
     entropy: bool = False,
+    group: dist.ProcessGroup | None = None,
 ) -> TokenScores:
     """Score `tokens` under `logits`, whose gradient comes in their own dtype.
 
@@ -67,21 +73,22 @@ def log_probs_from_logits(
 
     Args:
         logits: [..., vocabulary] of any strides; row t is what token t was drawn from.
-        tokens: int64 [...], ids within the vocabulary (at padding too).
+        tokens: int64 [...], ids within the whole vocabulary.
         temperature: the logits are divided by it.
         entropy: whether to measure entropies too.
+        group: ranks that hold equal parts of the vocabulary, in their order; every one of them
+            calls, and gets the same result. None: `logits` are of the whole vocabulary.
 
     Raises:
         ShapeError: shapes or dtypes do not fit together.
-        ValueRangeError: the temperature is not a positive number, or (on a CPU, where it is looked
-            at) an id is outside the vocabulary.
+        ValueRangeError: the temperature is not a positive number.
     """
-    _check("logits", logits, tokens, temperature, logits.shape[-1])
+    _check("logits", logits, tokens, temperature)
     shape = tokens.shape
     if logits.is_contiguous():  # one long run of tokens makes even chunks
         logits, tokens = logits.view(-1, logits.shape[-1]), tokens.reshape(-1)
     logprobs, entropies = _FromLogits.apply(  # type: ignore[no-untyped-call]
-        logits, tokens, temperature, entropy
+        logits, tokens, temperature, entropy, group
     )
     return TokenScores(logprobs.view(shape), entropies.view(shape) if entropy else None)
 
@@ -102,7 +109,7 @@ def log_probs_from_hidden(
     Args:
         hidden: what the head is applied to, [..., width]; row t is what token t was drawn from.
         head: weight of the output layer, [vocabulary, width], of the same dtype.
-        tokens: int64 [...], ids within the vocabulary (at padding too).
+        tokens: int64 [...], ids within the vocabulary.
         temperature: the logits are divided by it.
         entropy: whether to measure entropies too.
 
@@ -114,7 +121,7 @@ def log_probs_from_hidden(
             f"head: {head.dtype} {list(head.shape)}, expected {hidden.dtype} [vocabulary, width] "
             f"for hidden {list(hidden.shape)}"
         )
-    _check("hidden", hidden, tokens, temperature, len(head))
+    _check("hidden", hidden, tokens, temperature)
     shape = tokens.shape
     flat = hidden.reshape(-1, hidden.shape[-1])
     logprobs, entropies = _FromHidden.apply(  # type: ignore[no-untyped-call]
@@ -123,27 +130,47 @@ def log_probs_from_hidden(
     return TokenScores(logprobs.view(shape), entropies.view(shape) if entropy else None)
 
 
+def _check(name: str, x: Tensor, tokens: Tensor, temperature: float) -> None:
+    if x.ndim < 2 or x.shape[:-1] != tokens.shape or not x.is_floating_point():
+        raise ShapeError(
+            f"{name}: {x.dtype} {list(x.shape)}, expected floats of the tokens' shape "
+            f"{list(tokens.shape)} and one dimension more"
+        )
+    if tokens.dtype != torch.int64:
+        raise ShapeError(f"tokens: dtype {tokens.dtype}, expected torch.int64")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueRangeError(f"temperature: {temperature}, expected a positive number")
+
+
 class _FromLogits(torch.autograd.Function):
     """[..., vocabulary] and [...] to log-probs and entropies [...]; no entropies: empty."""
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, tokens: Tensor, temperature: float, entropy: bool
+        ctx: Any,
+        logits: Tensor,
+        tokens: Tensor,
+        temperature: float,
+        entropy: bool,
+        group: dist.ProcessGroup | None,
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(logits, tokens)
+        if group is not None:
+            tokens = tokens - group.rank() * logits.shape[-1]
+        sums = empty_sums(logits, tokens, entropy)
+        reduce_logits(logits, tokens, temperature, sums)
+        logprobs, entropies = join(sums, place(tokens, logits.shape[-1])[1], group)
+        ctx.save_for_backward(logits, tokens, sums[:2])
         ctx.temperature = temperature
-        logprobs, entropies = _outputs(logits, tokens, entropy)
-        _score(logits, tokens, temperature, logprobs, entropies)
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        logits, tokens = ctx.saved_tensors
+        logits, tokens, norm = ctx.saved_tensors
         result = torch.empty_like(logits)
-        _score_gradient(logits, tokens, ctx.temperature, gradient, result)
-        return result, None, None, None
+        logits_gradient(logits, tokens, ctx.temperature, norm, gradient, out=result)
+        return result, None, None, None, None
 
 
 class _FromHidden(torch.autograd.Function):
@@ -153,25 +180,28 @@ class _FromHidden(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, head: Tensor, tokens: Tensor, temperature: float, entropy: bool
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(hidden, head, tokens)
+        sums = empty_sums(hidden, tokens, entropy)
+        for at in chunks(tokens.shape, len(head), HEAD_BLOCK):
+            reduce_logits(linear(hidden[at], head), tokens[at], temperature, sums[:, *at])
+        logprobs, entropies = join(sums, place(tokens, len(head))[1], None)
+        ctx.save_for_backward(hidden, head, tokens, sums[:2])
         ctx.temperature = temperature
-        logprobs, entropies = _outputs(hidden, tokens, entropy)
-        for at in _chunks(tokens.shape, len(head), HEAD_BLOCK):
-            _score(linear(hidden[at], head), tokens[at], temperature, logprobs[at], entropies[at])
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, head, tokens = ctx.saved_tensors
+        hidden, head, tokens, norm = ctx.saved_tensors
         of_hidden, of_head = ctx.needs_input_grad[:2]
         hidden_gradient = torch.empty_like(hidden) if of_hidden else None
         wide = torch.promote_types(head.dtype, torch.float32)
         head_gradient = torch.zeros_like(head, dtype=wide) if of_head else None
-        for at in _chunks(tokens.shape, len(head), HEAD_BLOCK):
+        for at in chunks(tokens.shape, len(head), HEAD_BLOCK):
             logits = linear(hidden[at], head)
-            _score_gradient(logits, tokens[at], ctx.temperature, gradient[at], out=logits)
+            logits_gradient(
+                logits, tokens[at], ctx.temperature, norm[:, *at], gradient[at], out=logits
+            )
             if hidden_gradient is not None:
                 torch.mm(logits, head, out=hidden_gradient[at])
             if head_gradient is not None:
@@ -183,74 +213,8 @@ class _FromHidden(torch.autograd.Function):
         return hidden_gradient, total, None, None, None
 
 
-def _score(
-    logits: Tensor, tokens: Tensor, temperature: float, logprobs: Tensor, entropies: Tensor
-) -> None:
-    """Write log-probs [...], and entropies unless that is empty, of logits [..., vocabulary]."""
-    for at in _chunks(tokens.shape, logits.shape[-1], _chunk(logits)):
-        each = torch.log_softmax(_scaled(logits[at], temperature), -1)
-        logprobs[at] = each.gather(-1, tokens[at].unsqueeze(-1)).squeeze(-1)
-        if entropies.numel():
-            # entr(p), not -p log p: a logit of -inf makes that 0 * inf
-            entropies[at] = torch.special.entr(each.exp_()).sum(-1)
-
-
-def _score_gradient(
-    logits: Tensor, tokens: Tensor, temperature: float, gradient: Tensor, out: Tensor
-) -> None:
-    """Write the gradient of logits [..., vocabulary] to `out`, which may be `logits` itself."""
-    for at in _chunks(tokens.shape, logits.shape[-1], _chunk(logits)):
-        each = torch.softmax(_scaled(logits[at], temperature), -1)
-        passed = (gradient[at] / temperature).unsqueeze(-1)
-        each.mul_(-passed).scatter_add_(-1, tokens[at].unsqueeze(-1), passed)
-        out[at] = each.masked_fill_(passed == 0, 0.0)
-
-
 def _add_product(total: Tensor, logits: Tensor, rows: Tensor) -> None:
     """Add logits.T @ rows to the wide `total` [vocabulary, width], in pieces of the vocabulary."""
     step = max(1, HEAD_GRADIENT_CHUNK // rows.shape[-1])
     for start in range(0, len(total), step):
         total[start : start + step] += logits[:, start : start + step].T @ rows
-
-
-def _scaled(logits: Tensor, temperature: float) -> Tensor:
-    """In fp32 or wider and divided by the temperature; never the input's own memory if changed."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return wide if temperature == 1.0 else wide / temperature
-
-
-def _outputs(x: Tensor, tokens: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    logprobs = torch.empty(tokens.shape, dtype=wide, device=x.device)
-    return logprobs, torch.empty_like(logprobs if entropy else logprobs[:0])
-
-
-def _chunk(logits: Tensor) -> int:
-    return CPU_CHUNK if logits.device.type == "cpu" else DEVICE_CHUNK
-
-
-def _chunks(shape: torch.Size, vocabulary: int, elements: int) -> Iterator[tuple[int | slice, ...]]:
-    """Indices that cut tokens [..., n] into runs along n of about `elements` logits."""
-    step = max(1, elements // vocabulary)
-    runs = [slice(start, start + step) for start in range(0, shape[-1], step)]
-    yield from itertools.product(*(range(n) for n in shape[:-1]), runs)
-
-
-def _check(name: str, x: Tensor, tokens: Tensor, temperature: float, vocabulary: int) -> None:
-    if x.ndim < 2 or x.shape[:-1] != tokens.shape or not x.is_floating_point():
-        raise ShapeError(
-            f"{name}: {x.dtype} {list(x.shape)}, expected floats of the tokens' shape "
-            f"{list(tokens.shape)} and one dimension more"
-        )
-    if tokens.dtype != torch.int64:
-        raise ShapeError(f"tokens: dtype {tokens.dtype}, expected torch.int64")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueRangeError(f"temperature: {temperature}, expected a positive number")
-    if waits(tokens.device) or not tokens.numel():
-        return
-    low, high = (int(x) for x in torch.aminmax(tokens))
-    if low < 0 or high >= vocabulary:
-        raise ValueRangeError(
-            f"tokens: ids from {low} to {high}, expected 0 to {vocabulary - 1}; put any id of the "
-            "vocabulary at positions that do not count"
-        )

@@ -1,19 +1,16 @@
 """How losses are averaged, and that parts of a batch add up to the whole, on one rank or more."""
 
-import datetime
 import math
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp8rl.correction import Reinforce, ShapeError, ValueRangeError, policy_loss
-from fp8rl.correction.aggregation import Counts, count
+from fp8rl.correction import Counts, Reinforce, ShapeError, ValueRangeError, count, policy_loss
 from tests.correction.loss_cases import LOSSES, make, name, packed
+from tests.correction.ranks import on_ranks
 
 every_loss = pytest.mark.parametrize("config", LOSSES, ids=name)
 any_loss_and_batch = given(
@@ -166,30 +163,17 @@ def test_what_stands_at_masked_positions_is_never_read(make_batch, config, poiso
     assert not dirty[1][~b.mask].any()
 
 
-def process_group(store, rank, size):
-    """A real Gloo group of threads."""
-    group = dist.ProcessGroup(store, rank, size)
-    timeout = datetime.timedelta(seconds=60)
-    backend = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, timeout)
-    group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
-    group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
-    return group
-
-
 @every_loss
 def test_ranks_with_counts_over_their_group_add_up(make_batch, config):
     b = make_batch(3)
     b.mask[0] = False  # a rank may have nothing at all
     loss, grad, _, _ = in_parts(b, config, [], None)
-    store = dist.HashStore()
 
-    def rank(number):
+    def rank(number, group):
         part = b.select(slice(0, 1) if number == 0 else slice(1, 4))
-        counts = count(part.mask, group=process_group(store, number, 2))
-        return in_parts(part, config, [], counts)
+        return in_parts(part, config, [], count(part.mask, group=group))
 
-    with ThreadPoolExecutor(2) as ranks:
-        first, second = ranks.map(rank, range(2))
+    first, second = on_ranks(2, rank)
     torch.testing.assert_close(first[0] + second[0], loss)
     torch.testing.assert_close(torch.cat([first[1], second[1]]), grad)
 

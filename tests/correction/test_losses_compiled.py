@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fp8rl.correction import policy_loss
-from fp8rl.correction.aggregation import Counts, count
+from fp8rl.correction import Counts, count, policy_loss
 from tests.correction.loss_cases import LOSSES, name, packed
 from tests.correction.tensor_sizes import LargestTensor
 
@@ -20,8 +19,7 @@ every_loss = pytest.mark.parametrize("config", LOSSES, ids=name)
 # In a process of its own: the suite's type checks would be compiled with the losses.
 COMPILE = """
     import sys, torch
-    from fp8rl.correction import policy_loss
-    from fp8rl.correction.aggregation import count
+    from fp8rl.correction import count, policy_loss
     from tests.correction.loss_cases import LOSSES, packed
 
     g = torch.Generator().manual_seed(0)
