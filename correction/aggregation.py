@@ -66,10 +66,11 @@ def count(
     Raises:
         MaskError, ShapeError: `kept` is no mask of such a batch.
     """
-    return _count(kept, layout_of(kept, cu_seqlens), group)
+    return counts_of(kept, layout_of(kept, cu_seqlens), group)
 
 
-def _count(kept: Tensor, layout: Layout, group: dist.ProcessGroup | None = None) -> Counts:
+def counts_of(kept: Tensor, layout: Layout, group: dist.ProcessGroup | None = None) -> Counts:
+    """`count` for a layout that is known."""
     sequences = (lengths(kept, layout, torch.float32) > 0).sum()
     # not kept.sum(), which widens a bool eightfold first
     both = torch.stack([torch.count_nonzero(kept), sequences])

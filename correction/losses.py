@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fp8rl.correction.aggregation import Counts, _count, aggregate, usable
+from fp8rl.correction.aggregation import Counts, counts_of, aggregate, usable
 from fp8rl.correction.checks import check_shapes, check_values
 from fp8rl.correction.errors import ShapeError
 from fp8rl.correction.layout import Layout, layout_of
@@ -91,7 +91,7 @@ def policy_loss(
     new, old = masked(logprobs, kept), masked(old_logprobs.detach(), kept)
     advantage, weight = masked(advantages.detach(), kept), masked(weights.detach(), kept)
     found = objective(config, new, old, advantage, kept, layout)
-    own = _count(kept, layout)
+    own = counts_of(kept, layout)
     total = usable(own if counts is None else counts, own, new.dtype)
     mean = aggregate(config, weight * found.factor * advantage, kept, layout, total)
     # times 1 or NaN: added, a NaN would not reach the gradient
