@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fp8rl.correction.aggregation import Counts, counts_of, aggregate, usable
+from fp8rl.correction.aggregation import Counts, aggregate, counts_of, usable
 from fp8rl.correction.checks import check_shapes, check_values
 from fp8rl.correction.errors import ShapeError
 from fp8rl.correction.layout import Layout, layout_of
