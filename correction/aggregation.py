@@ -66,7 +66,7 @@ def count(
     Raises:
         MaskError, ShapeError: `kept` is no mask of such a batch.
     """
-    return counts_of(kept, layout_of(kept, cu_seqlens), group)
+    return counts_of(kept, layout_of(kept, cu_seqlens, "kept"), group)
 
 
 def counts_of(kept: Tensor, layout: Layout, group: dist.ProcessGroup | None = None) -> Counts:

@@ -78,7 +78,7 @@ class PartStatistics:
     def rejected(self, name: str, keeps: Tensor) -> None:
         """How much one stage alone rejects."""
         out = self._mask & ~keeps
-        self._sums[f"{name}_tokens"] = out.sum()
+        self._sums[f"{name}_tokens"] = out.count_nonzero()
         self._sums[f"{name}_sequences"] = (self._layout.count(out) > 0).sum()
 
     def poison(self) -> Tensor:
@@ -90,8 +90,8 @@ class PartStatistics:
         mask = self._mask
         low, high = _bounds(weighting)
         self._sums |= {
-            "raw_high": (mask & (ratio > high)).sum(),
-            "raw_low": (mask & (ratio < low)).sum(),
+            "raw_high": (mask & (ratio > high)).count_nonzero(),
+            "raw_low": (mask & (ratio < low)).count_nonzero(),
         }
         self._extremes("raw", ratio, mask)
         if weighting is None or weighting.level == "token":

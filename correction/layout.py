@@ -58,7 +58,7 @@ class Packed:
 
     sequences: int
     bounds: Tensor
-    owner: Tensor  # int64 [tokens]: which sequence a token belongs to
+    owner: Tensor  # int32 [tokens]: which sequence a token belongs to
     whole: bool
 
     def sum(self, x: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class Packed:
 
     def count(self, tokens: Tensor) -> Tensor:
         """As of `Padded`."""
-        return self.sum(tokens.double())
+        return self.sum(tokens.float()).double()
 
     def spread(self, row: Tensor) -> Tensor:
         """As of `Padded`."""
@@ -93,8 +93,8 @@ class Packed:
 Layout = Padded | Packed
 
 
-def layout_of(mask: Tensor, cu_seqlens: Tensor | None) -> Layout:
-    """The layout of a batch with this mask.
+def layout_of(mask: Tensor, cu_seqlens: Tensor | None, name: str = "mask") -> Layout:
+    """The layout of a batch with this mask, which the caller calls `name`.
 
     Args:
         mask: bool [batch, tokens], or [tokens] with `cu_seqlens`.
@@ -107,25 +107,25 @@ def layout_of(mask: Tensor, cu_seqlens: Tensor | None) -> Layout:
     """
     if mask.dtype != torch.bool:
         raise MaskError(
-            f"mask: dtype {mask.dtype}, expected torch.bool with True for tokens that count; "
-            "use mask.bool()"
+            f"{name}: dtype {mask.dtype}, expected torch.bool with True for tokens that count; "
+            f"use {name}.bool()"
         )
     whole = waits(mask.device)
     if cu_seqlens is None:
         if mask.ndim != 2 or mask.numel() == 0:
             raise MaskError(
-                f"mask: shape {list(mask.shape)}, expected a non-empty [batch, tokens], or with "
+                f"{name}: shape {list(mask.shape)}, expected a non-empty [batch, tokens], or with "
                 "cu_seqlens [tokens]"
             )
         return Padded(mask.shape[0], mask.shape[1], whole)
     if mask.ndim != 1 or mask.numel() == 0:
         raise MaskError(
-            f"mask: shape {list(mask.shape)}, expected a non-empty [tokens] with cu_seqlens"
+            f"{name}: shape {list(mask.shape)}, expected a non-empty [tokens] with cu_seqlens"
         )
     _check_bounds(cu_seqlens, len(mask), whole)
-    bounds = cu_seqlens.long()
-    position = torch.arange(len(mask), device=mask.device)
-    owner = torch.searchsorted(bounds[1:], position, right=True)
+    bounds = cu_seqlens.int()
+    position = torch.arange(len(mask), dtype=torch.int32, device=mask.device)
+    owner = torch.searchsorted(bounds[1:], position, right=True, out_int32=True)
     # a wrong cu_seqlens on CUDA must not become an index out of range
     owner = owner.clamp(max=len(cu_seqlens) - 2)
     return Packed(len(cu_seqlens) - 1, bounds, owner, whole)

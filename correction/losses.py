@@ -81,7 +81,7 @@ def policy_loss(
         ValueRangeError: unmasked advantages or weights are not finite, or a count is not a
             positive number. (On CUDA, where looking would wait, values make the loss NaN instead.)
     """
-    layout = layout_of(kept, cu_seqlens)
+    layout = layout_of(kept, cu_seqlens, "kept")
     advantages = per_token(advantages, kept, layout)
     logs = {"logprobs": logprobs, "old_logprobs": old_logprobs}
     factors = {"advantages": advantages, "weights": weights}

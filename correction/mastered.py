@@ -51,7 +51,7 @@ def drop_mastered(
         LogProbError: an unmasked log-prob is NaN, infinite or positive.
         ValueRangeError: unmasked advantages are not finite, or entropy is NaN or infinite.
     """
-    layout = layout_of(kept, cu_seqlens)
+    layout = layout_of(kept, cu_seqlens, "kept")
     advantages = per_token(advantages, kept, layout)
     check_shapes(kept, {"old_logprobs": old_logprobs, "advantages": advantages})
     check_values(kept, logprobs={"old_logprobs": old_logprobs}, finite={"advantages": advantages})

@@ -2,11 +2,11 @@
 
 Scoring and training use one forward pass, so that both see the same numbers:
 
-    lp[b, t] = log softmax(logits[b, t-1] / temperature)[tokens[b, t]]      softmax in fp32
+    lp[b, t] = log softmax(logits[b, t-1] / temperature)[tokens[b, t]]      in fp32, by chunks
 
 Forward, backward and the exchange between ranks are Megatron's own (schedules, DDP gradient
-buffers in fp32, vocabulary-parallel cross entropy); the optimizer is ``master_adamw.py``. A batch
-is cut into micro-batches of one size; the last is filled up with empty rows, which no loss sees.
+buffers in fp32); the optimizer is ``master_adamw.py``. A batch is cut into micro-batches of one
+size; the last is filled up with empty rows, which no loss sees.
 Every rank is given the whole batch and returns the same results. With precision fp8-aligned the
 linears compute with the engine's FP8 weights (``quant/fake_quant.py``). Left out: data parallelism,
 recomputation, GPUs.
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fp8rl.batch import TokenBatch
 from fp8rl.config import RunConfig
+from fp8rl.correction import log_probs_from_logits
 from fp8rl.errors import TrainerError
 from fp8rl.master_adamw import MasterAdamW
 from fp8rl.megatron_cpu import cpu_stands_in
@@ -217,10 +218,14 @@ class MegatronTrainer:
 
     def _log_probs(self, micro: MicroBatch, logits: Tensor) -> Tensor:
         """Log-probs fp32 [b, S] from this rank's logits [b, S - 1, vocab / tp]."""
-        from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+        from megatron.core import parallel_state
 
-        scaled = logits.float() / self._config.rollout.temperature
-        predicted = -vocab_parallel_cross_entropy(scaled, micro.tokens[:, 1:].contiguous())
+        predicted = log_probs_from_logits(
+            logits,
+            micro.tokens[:, 1:].contiguous(),
+            temperature=self._config.rollout.temperature,
+            group=parallel_state.get_tensor_model_parallel_group(),
+        ).logprobs
         padded = torch.nn.functional.pad(predicted, (1, 0))
         return torch.where(micro.response_mask, padded, 0.0)
 

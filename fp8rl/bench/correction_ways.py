@@ -129,7 +129,7 @@ def _loss(tokens: Tokens) -> Case:
 
         def call() -> Tensor:
             new.grad = None
-            policy_loss(PPOClip(dual_clip=3.0), new, *given).loss.backward()
+            torch.autograd.backward(policy_loss(PPOClip(dual_clip=3.0), new, *given).loss)
             assert new.grad is not None
             return new.grad
 
@@ -186,7 +186,7 @@ def _log_probs(count: int, vocabulary: int, device: torch.device) -> Case:
         def call() -> Tensor:
             logits.grad = None
             scores = log_probs_from_logits(logits, tokens)
-            scores.logprobs.sum().backward()
+            torch.autograd.backward(scores.logprobs.sum())
             return scores.logprobs.detach()
 
         return call
@@ -196,7 +196,7 @@ def _log_probs(count: int, vocabulary: int, device: torch.device) -> Case:
             logits.grad = None
             wide = torch.log_softmax(logits.float(), dim=-1)
             found = wide.gather(-1, tokens[:, None])[:, 0]
-            found.sum().backward()
+            torch.autograd.backward(found.sum())
             return found.detach()
 
         return call

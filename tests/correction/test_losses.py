@@ -264,9 +264,9 @@ class TestBadInput:
             ("weights", b.mask.long(), "dtype torch.int64"),
             ("cu_seqlens", torch.tensor([0, 28]), ""),
         ]:
-            with pytest.raises((ShapeError, MaskError), match=rf"^(mask|{name}): {found}"):
+            with pytest.raises((ShapeError, MaskError), match=rf"^(kept|{name}): {found}"):
                 self.loss(b, **{name: bad})
-        with pytest.raises(MaskError, match=r"dtype torch\.float32"):
+        with pytest.raises(MaskError, match=r"^kept: dtype torch\.float32"):
             self.loss(b, kept=b.mask.float())
 
     def test_packed_input_needs_one_advantage_for_each_sequence_or_token(self):
