@@ -4,8 +4,8 @@
 
 What an update must be, and how it is proven, is `fp8rl.sync`'s: `Staging` collects the payload in
 host memory, `Transaction` admits the manifest, loads what came, writes the KV scales and reads all
-of it back. What goes wrong is raised in the worker, which ends veRL's run; the model then counts as
-holding nothing. This file needs vLLM and no veRL.
+of it back. What goes wrong is raised in the worker when all has come, which ends veRL's run. This
+file needs vLLM and no veRL.
 """
 
 from __future__ import annotations
@@ -35,43 +35,60 @@ class Updates:
         self._vllm_config = vllm_config
         self._weights = Transaction(model, vllm_config.model_config)
         self._staging = Staging(self._weights.expected.values())
+        self._manifest: Manifest | None = None
+        self._refusal: Exception | None = None
         self._committed: UpdateReport | None = None
 
     def begin(self) -> None:
-        """Begin; what an earlier one left unfinished is forgotten."""
-        self._staging.clear()
+        """Begin; what came of an earlier one, or was applied of it, counts no longer."""
         self._weights.undo("a new update began before it was finished")
+        self._staging.clear()
+        self._manifest = self._refusal = None
 
     def take(self, messages: Iterable[tuple[str, Tensor]]) -> None:
         """Take in what one bucket holds; its memory may change afterwards.
 
-        Raises:
-            ManifestError: something else than stages, in order, and a manifest; or as below.
-            BaseMismatchError, KVScaleError, CorruptTensorError, ReadBackError: as
-                `Transaction.apply`.
+        Never raises: veRL's sender waits for an answer to each bucket, without which it would wait
+        for ever. What is wrong is kept for `finish`.
         """
         for name, data in messages:
-            if name.startswith(STAGE):
-                stage = parse_stage(_json(name.removeprefix(STAGE)))
-                self._staging.receive(stage, _Brought(data))
-            elif name == MANIFEST:
-                self._apply(parse_manifest(manifest_of(data)))
-            else:
-                raise ManifestError(
-                    f"{name}: came in an update, which consists of stages and a manifest; is "
-                    "checkpoint_engine.backend=fp8rl set for the trainer too?"
-                )
+            if self._refusal is not None:
+                return
+            try:
+                self._take(name, data)
+            except (ValueError, RuntimeError) as error:
+                self._refusal = error
 
-    def _apply(self, manifest: Manifest) -> None:
+    def finish(self) -> None:
+        """Apply what came, prove it and commit it.
+
+        Raises:
+            ManifestError: something else came than stages, in order, and a manifest; or as below.
+            BaseMismatchError, KVScaleError, CorruptTensorError, ReadBackError, and whatever a
+                loader of vLLM raises: as `Transaction.apply`.
+        """
         from vllm.config import set_current_vllm_config
 
+        if self._refusal is not None:
+            raise self._refusal
+        if self._manifest is None:
+            raise ManifestError("an update ended without a manifest")
+        payload = self._staging.take(self._manifest.payload_nbytes)
         with set_current_vllm_config(self._vllm_config):  # as vLLM's own updates do
-            self._weights.apply(manifest, self._staging.take(manifest.payload_nbytes))
-
-    def finish(self) -> UpdateReport:
-        """Commit what was applied and proven; ManifestError where nothing was."""
+            self._weights.apply(self._manifest, payload)
         self._committed = self._weights.commit(keep=False)
-        return self._committed
+
+    def _take(self, name: str, data: Tensor) -> None:
+        if name.startswith(STAGE):
+            stage = parse_stage(_json(name.removeprefix(STAGE)))
+            self._staging.receive(stage, _Brought(data))
+        elif name == MANIFEST:
+            self._manifest = parse_manifest(manifest_of(data))
+        else:
+            raise ManifestError(
+                f"{name}: came in an update, which consists of stages and a manifest; is "
+                "checkpoint_engine.backend=fp8rl set for the trainer too?"
+            )
 
     def report(self) -> dict[str, Any]:
         """What this worker holds, as JSON values."""

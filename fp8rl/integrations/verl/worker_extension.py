@@ -46,7 +46,11 @@ class WorkerExtension(ProvenUpdates, vLLMColocateWorkerExtension):
     def monkey_patch_model(
         self, vocab_size: int, banned_token_ids: list[int] | None = None
     ) -> None:
-        """Keep tokens out that must not be sampled; the weights' loaders stay vLLM's."""
+        """Keep tokens out that must not be sampled; the weights' loaders stay vLLM's.
+
+        veRL calls this when the engine has started, so what cannot be proven is refused here.
+        """
+        self.fp8rl_updates()
         for model in self._iter_all_models():
             monkey_patch_compute_logits(model, vocab_size, banned_token_ids)
 
@@ -56,15 +60,10 @@ class WorkerExtension(ProvenUpdates, vLLMColocateWorkerExtension):
         base_sync_done: bool = False,
         use_shm: bool = False,
     ) -> None:
-        """Take the update that veRL's sender brings; raises what it found wrong with it.
+        """Take the update that veRL's sender brings; raises as `Updates.finish`.
 
-        Raises:
-            WeightSyncError: LoRA adapters come. Others as `Updates.take`.
+        The server adapter refuses LoRA adapters, so there is no `peft_config`.
         """
-        if peft_config is not None:
-            raise WeightSyncError(
-                "LoRA adapters cannot be published in FP8; set actor_rollout_ref.model.lora.merge"
-            )
         if self.device is None:
             self.device = torch.device(f"{get_device_name()}:{self.local_rank}")
         receiver = BucketedWeightReceiver(
