@@ -15,6 +15,8 @@ Bypass mode: weights and rejection are those of pi / pi_rollout, known only in t
 micro-batch. How many tokens of the whole mini-batch are rejected is then unknown until the last of
 them, and veRL divides by a count that has them all. So rejection, and normalization over a batch,
 are served where one micro-batch on one rank is the mini-batch, and else refused by name.
+veRL's v1 trainer does not hand the settings over: with `loss_mode=bypass_mode` say also
+`+actor_rollout_ref.actor.policy_loss.rollout_correction=${algorithm.rollout_correction}`.
 """
 
 from __future__ import annotations
@@ -167,7 +169,7 @@ def bypass_loss(
         found.weights if loss_type == "reinforce" else None,
         {} if whole else config.global_batch_info,
     )
-    return loss, metrics | found.metrics()
+    return loss, metrics | (found.metrics() if response_mask.any() else {})
 
 
 class _Named:

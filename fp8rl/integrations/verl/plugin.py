@@ -48,9 +48,8 @@ class VeRLVersionError(RuntimeError):
 
 def missing(place: str) -> VeRLVersionError:
     """Log as an error that a place is missing, and return the error for whoever needs it."""
-    found = getattr(sys.modules.get("verl"), "__version__", "unknown")
     error = VeRLVersionError(
-        f"veRL {found} has no {place}, through which fp8rl works; known to have it: "
+        f"veRL {_version()} has no {place}, through which fp8rl works; known to have it: "
         f"{', '.join(KNOWN_VERSIONS)}. Install one of these, or set VERL_USE_EXTERNAL_PLUGINS=none"
     )
     logger.error("%s", error)
@@ -99,6 +98,11 @@ class _Loader(importlib.abc.Loader):
         _mend(module)
 
 
+def _version() -> str:
+    """veRL's, which it knows before it loads plugins."""
+    return str(getattr(sys.modules.get("verl"), "__version__", "unknown"))
+
+
 def _mend(module: ModuleType) -> None:
     importlib.import_module(HOOKS[module.__name__]).install(module)
 
@@ -108,6 +112,10 @@ def install() -> None:
     if any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         return
     sys.meta_path.insert(0, _AfterImport())
+    if _version() not in KNOWN_VERSIONS:
+        logger.warning(
+            "fp8rl is tested with veRL %s, this is %s", ", ".join(KNOWN_VERSIONS), _version()
+        )
     for name in HOOKS:
         if name in sys.modules:
             _mend(sys.modules[name])

@@ -200,6 +200,14 @@ def test_bypass_divides_by_what_it_kept_where_veRL_counts_what_it_rejected(loss_
     torch.testing.assert_close(own.detach(), policy_loss(*arguments, counts=counts).loss)
 
 
+def test_bypass_takes_a_micro_batch_of_padding() -> None:
+    config, data = bypass_actor(rollout_is="token"), tensors()
+    config.global_batch_info.update(dp_size=1, batch_num_tokens=50, global_batch_size=6)
+    data["response_mask"] = torch.zeros_like(data["response_mask"])
+    loss, gradient, _ = called("bypass_mode", config, "token-mean", **data)
+    assert loss == 0 and not gradient.any()
+
+
 @pytest.mark.parametrize("given", [{"dp_size": 2}, {"batch_num_tokens": 1000}])
 @pytest.mark.parametrize(
     "correction", [EVERYTHING, {"rollout_is": "token", "rollout_is_batch_normalize": True}]

@@ -66,6 +66,15 @@ def test_a_plugin_that_comes_late_mends_what_is_there_and_what_was_bound() -> No
     )
 
 
+def test_a_veRL_that_is_not_known_is_said_in_the_log() -> None:
+    ended = ran(
+        "import types\n"
+        "sys.modules['verl'] = types.SimpleNamespace(__version__='0.12.0')\n"
+        "import fp8rl.integrations.verl.plugin\n"
+    )
+    assert "tested with veRL 0.9.1, this is 0.12.0" in ended.stderr
+
+
 def test_none_leaves_veRL_as_it_is() -> None:
     ran(
         "import verl.trainer.ppo.core_algos as algos\n"

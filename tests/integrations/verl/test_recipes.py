@@ -92,6 +92,23 @@ def test_the_asynchronous_trainer_accepts_its_batches(tmp_path: Path) -> None:
     assert config.actor_rollout_ref.rollout.checkpoint_engine.backend != "naive"
 
 
+def test_bypass_mode_gets_its_settings_by_veRLs_own_interpolation(tmp_path: Path) -> None:
+    config = composed(
+        [
+            *arguments(RECIPES[1], tmp_path),
+            "algorithm.rollout_correction.bypass_mode=True",
+            "algorithm.rollout_correction.loss_type=reinforce",
+            "actor_rollout_ref.actor.policy_loss.loss_mode=bypass_mode",
+            "+actor_rollout_ref.actor.policy_loss.rollout_correction=${algorithm.rollout_correction}",
+        ]
+    )
+    actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    settings = actor.policy_loss.rollout_correction
+    stages = stages_of(**{key: settings.get(key) for key in CORRECTION_KEYS})
+    assert [stage.kind for stage in stages] == ["tis", "reject"]
+    assert settings.get("loss_type") == "reinforce"
+
+
 def test_arguments_of_the_user_come_last(tmp_path: Path) -> None:
     config = composed(arguments(RECIPES[1], tmp_path, "data.train_batch_size=64"))
     assert config.data.train_batch_size == 64
