@@ -1,6 +1,7 @@
 """Run in a process of its own: a vLLM as veRL starts one, and versions as veRL carries them.
 
-Usage: python -m tests.integrations.engine_worker FOLDER. Prints one JSON object: what was seen.
+Usage: python -m tests.integrations.engine_worker FOLDER [moe]. Prints one JSON object: what was
+seen, or for a mixture of experts the report of its first update.
 """
 
 from __future__ import annotations
@@ -49,6 +50,34 @@ def veRL_weights(seed: int) -> Iterator[tuple[str, torch.Tensor]]:
         yield f"_fsdp_wrapped_module.{name}", tensor.float()
 
 
+def take(worker: Any, messages: list[tuple[str, torch.Tensor]]) -> Any:
+    """Run in the worker: what its extension does with veRL's buckets."""
+    updates = worker.fp8rl_updates()
+    updates.begin()
+    updates.take(messages)
+    updates.finish()
+    return updates.report()
+
+
+def experts(folder: Path) -> None:
+    """One update of a small Qwen3-MoE, with the quantization that veRL gives its engine."""
+    from tests.sync.engine_models import config  # sets the environment
+
+    settings = config("qwen3_moe")
+    arguments = veRL_arguments(folder) | {"kv_cache_dtype": "auto", "max_model_len": 256}
+    (folder / "config.json").write_text(json.dumps(settings))
+    from vllm import LLM
+
+    from fp8rl.integrations.verl.settings import SyncSettings
+    from fp8rl.integrations.verl.wire import Sender
+
+    sender = Sender(SyncSettings(model_path=str(folder)))
+    weights = helpers.weights(1, config=settings)
+    messages = list(sender.stages(weights.items(), step=1))
+    [report] = LLM(**arguments).collective_rpc(take, args=(messages,))
+    print(json.dumps(report))
+
+
 def main(folder: Path) -> None:
     from fp8rl.engine_channel import ENVIRONMENT
 
@@ -62,14 +91,6 @@ def main(folder: Path) -> None:
     llm = LLM(**veRL_arguments(folder))
     use_kv_scales(helpers.scales)
     sender = Sender(SyncSettings(model_path=str(folder), kv_cache_dtype="fp8"))
-
-    def take(worker: Any, messages: list[tuple[str, torch.Tensor]]) -> Any:
-        """Run in the worker: what its extension does with veRL's buckets."""
-        updates = worker.fp8rl_updates()
-        updates.begin()
-        updates.take(messages)
-        updates.finish()
-        return updates.report()
 
     def updated(messages: list[tuple[str, torch.Tensor]]) -> Any:
         [report] = llm.collective_rpc(take, args=(messages,))
@@ -130,4 +151,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    (experts if "moe" in sys.argv else main)(Path(sys.argv[1]))

@@ -17,11 +17,9 @@ pytest.importorskip("vllm", reason="the engine half needs vLLM: run in the main 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("engine")
+def ran(*arguments: str) -> dict[str, Any]:
     ended = subprocess.run(
-        [sys.executable, "-m", "tests.integrations.engine_worker", str(folder)],
+        [sys.executable, "-m", "tests.integrations.engine_worker", *arguments],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],
@@ -31,12 +29,24 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return ran(str(tmp_path_factory.mktemp("engine")))
+
+
 def test_an_engine_as_veRL_starts_it_takes_a_version_and_proves_it(seen: dict[str, Any]) -> None:
     first = seen["first"]
     assert first["version"] == 7 and first["failure"] is None
     assert first["kv_scales_proven"] == 3 * helpers.LAYERS
     plan = helpers.settings().plan()
     assert first["tensors_proven"] == len(plan.engine_tensors()) + 3 * helpers.LAYERS
+
+
+def test_experts_are_fp8_and_their_router_is_not(tmp_path: Path) -> None:
+    report = ran(str(tmp_path), "moe")
+    assert report["version"] == 1 and report["failure"] is None
+    # two layers of: 4 attention linears and 4 experts of 3, each with scales; router, 4 norms
+    assert report["tensors_proven"] == 2 * (2 * (4 + 4 * 3) + 1 + 4) + 3
 
 
 def test_through_the_checkpoint_engine_it_is_the_same(seen: dict[str, Any]) -> None:
