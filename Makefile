@@ -10,7 +10,7 @@ ifndef RUN
 RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 endif
 
-.PHONY: setup demo bench test test-long test-verl lint
+.PHONY: setup setup-verl demo bench test test-long test-verl lint
 
 ## make .venv with everything that is pinned; does nothing when it is up to date
 setup: $(STAMP)
@@ -32,9 +32,10 @@ demo: setup
 	@echo "run folder: $(RUN)"
 	$(BIN)/fp8rl train examples/grpo.yaml run_dir=$(RUN)
 
-## measure the blockwise cast beside others'; the result is a folder in runs/
-bench: setup
+## measure the blockwise cast and the correction beside others'; each result is a folder in runs/
+bench: setup setup-verl
 	$(BIN)/fp8rl bench quant
+	.venv-verl/bin/fp8rl bench correction
 
 ## the checks of `make lint`, then every test, two files at a time on a thread each
 test: lint
@@ -51,8 +52,11 @@ lint: setup
 	$(BIN)/lint-imports
 
 ## fp8rl inside the real veRL and TRL, which want another transformers than vLLM: .venv-verl
-test-verl: $(VERL_STAMP)
+test-verl: setup-verl
 	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest -q tests/integrations/verl tests/integrations/trl
+
+## make .venv-verl with what is pinned; does nothing when it is up to date
+setup-verl: $(VERL_STAMP)
 
 $(VERL_STAMP): requirements/torch.txt requirements/verl.txt pyproject.toml
 	@echo "installing veRL and TRL into .venv-verl (2.3 GB, a minute or two)"
