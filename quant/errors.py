@@ -28,6 +28,10 @@ class NonFiniteError(ValueError):
             "Look for the step that made it (loss scale, learning rate, a bad gradient)."
         )
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """What another process makes it of: an exception's own way keeps only the message."""
+        return type(self), (self.name, self.count, self.first_index, self.found)
+
 
 class NonFiniteWeightError(NonFiniteError):
     """A weight to be quantized holds NaN or Inf."""

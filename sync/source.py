@@ -245,7 +245,7 @@ def encoded(
         pairs = as_announced(metadata, tensors)
         try:
             if ranks.rank in to:
-                for name, tensor in pairs if HEAD in dtypes else _without_head(pairs):
+                for name, tensor in pairs if HEAD in dtypes else without_head(pairs):
                     yield name, encode(name, tensor, dtypes[name], fp32_as)
         finally:
             for _ in tensors if ranks.size > 1 else ():
@@ -307,7 +307,7 @@ def planned_dtypes(
     return [entries[meta.name].dtype for meta in metadata]
 
 
-def _without_head(pairs: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def without_head(pairs: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Leave out a tied head, once it has been seen to equal the embedding."""
     two: dict[str, Tensor] = {}
     for name, tensor in pairs:

@@ -82,7 +82,7 @@ class Update:
     def apply(self, kv_scales: KVScales | KVMeasure | None) -> KVScales | None:
         """Have the engines apply and prove it; returns the KV scales that went with it."""
         measured = kv_scales if isinstance(kv_scales, KVScales) else None
-        provenance: Provenance = "follow" if callable(kv_scales) else _provenance(measured)
+        provenance: Provenance = "follow" if callable(kv_scales) else provenance_of(measured)
         try:
             self._send_manifest(provenance)
         except (ValueError, RuntimeError) as error:
@@ -157,7 +157,7 @@ class Update:
         self._begin(self._layout.scales_nbytes)
         writer.scales(scales)
         self._outbox.finish()
-        self._send_manifest(_provenance(scales), writer)
+        self._send_manifest(provenance_of(scales), writer)
         self._writer.records |= writer.records
         self.nbytes += writer.nbytes
         return scales
@@ -200,7 +200,8 @@ def check_scales(kv_scales: KVScales | KVMeasure | None, version: int, layout: L
             raise SourceError(f"{name} has no place in an update; was kv_layers set?")
 
 
-def _provenance(scales: KVScales | None) -> KVProvenance | None:
+def provenance_of(scales: KVScales | None) -> KVProvenance | None:
+    """What a manifest says of where these scales come from; None without scales."""
     if scales is None:
         return None
     return KVProvenance(version=scales.version, observer=scales.observer, tokens=scales.tokens)

@@ -1,6 +1,7 @@
 """The reference cast against the float64 oracle, and the cases that the contract names."""
 
 import math
+import pickle
 import re
 from functools import partial
 
@@ -251,3 +252,11 @@ def test_a_quantized_tensor_knows_its_size_and_refuses_parts_that_do_not_fit():
         QuantizedTensor(q.data.float(), q.scale_inv, (128, 128), "pow2")
     with refusal(QuantFormatError, r"data must be \[\.\., N, K\]"):
         QuantizedTensor(q.data[0], q.scale_inv[0], (128, 128), "pow2")
+
+
+def test_what_was_found_in_a_weight_reaches_another_process():
+    with pytest.raises(NonFiniteWeightError) as caught:
+        quantize_blockwise(torch.tensor([[1.0, math.nan], [2.0, 3.0]]), name="a.weight")
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert type(again) is NonFiniteWeightError and str(again) == str(caught.value)
+    assert (again.name, again.count, again.first_index) == ("a.weight", 1, (0, 1))

@@ -26,9 +26,9 @@ from fp8rl.quant import KVScaleError, KVScales
 from fp8rl.sync import SourceError
 from fp8rl.sync.encode import encode
 from fp8rl.sync.manifest import Manifest
-from fp8rl.sync.source import HEAD, _without_head, hugging_face_name
+from fp8rl.sync.source import HEAD, hugging_face_name, without_head
 from fp8rl.sync.transport import STAGE_BYTES, Stage
-from fp8rl.sync.update import _provenance, check_scales
+from fp8rl.sync.update import check_scales, provenance_of
 from fp8rl.sync.update_writer import Layout, UpdateWriter, refuse_missing
 
 MANIFEST: Final = "fp8rl/manifest"
@@ -100,7 +100,7 @@ class Sender:
             version=version,
             payload_nbytes=writer.nbytes,
             tensors=tuple(writer.records.values()),
-            kv_scales=_provenance(scales),
+            kv_scales=provenance_of(scales),
         )
 
     def stages(
@@ -129,7 +129,7 @@ class Sender:
 
     def _named(self, weights: Iterable[Named]) -> Iterator[Named]:
         named = ((hugging_face_name(name), tensor) for name, tensor in weights)
-        return named if HEAD in self._dtypes else _without_head(named)
+        return named if HEAD in self._dtypes else without_head(named)
 
     def _scales(self, version: int) -> KVScales | None:
         if not self._layout.scales:
