@@ -256,7 +256,7 @@ def test_a_quantized_tensor_knows_its_size_and_refuses_parts_that_do_not_fit():
 
 def test_what_was_found_in_a_weight_reaches_another_process():
     with pytest.raises(NonFiniteWeightError) as caught:
-        quantize_blockwise(torch.tensor([[1.0, math.nan], [2.0, 3.0]]), name="a.weight")
+        quantize(torch.tensor([[1.0, math.nan], [2.0, 3.0]]), name="a.weight")
     again = pickle.loads(pickle.dumps(caught.value))
     assert type(again) is NonFiniteWeightError and str(again) == str(caught.value)
     assert (again.name, again.count, again.first_index) == ("a.weight", 1, (0, 1))
