@@ -1,60 +1,79 @@
-"""Counting the statistics of a few sequences while they are corrected.
+"""Counting the statistics of a batch while its parts are corrected.
 
-Elementwise work is in the part's own dtype, fp32 or wider. Sums of which a variance is made are in
-fp64, for it is a small difference of them; others in the part's dtype, for a part is small and
-torch adds pairwise. Masked positions hold log-probs of 0, so that they add nothing to sums of
-log-ratios, and are taken out where they would.
+A part gives sums and extremes over its tokens, and a few numbers for each of its sequences, of
+which `batch_statistics` makes the rest once for all parts. Elementwise work is in the part's own
+dtype, fp32 or wider. Sums of which a variance is made are in fp64, for it is a small difference of
+them; others in the part's dtype, for a part is small and torch adds pairwise. Masked positions
+hold log-probs of 0, so ratios of 1, which are taken out of the sums again.
 """
+
+from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fp8rl.correction.checks import POSITIVE_TOLERANCE
 from fp8rl.correction.layout import Layout
-from fp8rl.correction.ratios import LOG_RATIO_LIMIT, bounded_exp, mean_of_tokens
+from fp8rl.correction.ratios import (
+    LOG_RATIO_LIMIT,
+    bounded_exp,
+    masked,
+    mean_of_tokens,
+)
 from fp8rl.correction.rejection import TokenLogRatios
 from fp8rl.correction.stages import TIS, Weighting
 from fp8rl.correction.statistics import Statistics
 
 
+@dataclass(frozen=True, eq=False)
+class Counted:
+    """What was counted of some parts.
+
+    Attributes:
+        of_tokens: sums and maxima over tokens; masked ones are still in some.
+        names: of the numbers of each sequence.
+        rows: those, fp64 [names, sequences].
+    """
+
+    of_tokens: Statistics
+    names: tuple[str, ...]
+    rows: Tensor
+
+    def __add__(self, later: Counted) -> Counted:
+        """That of both, these sequences first."""
+        rows = torch.cat([self.rows, later.rows], dim=1)
+        return Counted(self.of_tokens + later.of_tokens, self.names, rows)
+
+
 class PartStatistics:
-    """Gathers the sums and maxima of one part; each method is called once, in this order."""
+    """Gathers what is counted of one part; each method is called once, in this order."""
 
     def __init__(self, layout: Layout, mask: Tensor) -> None:
         self._layout, self._mask = layout, mask
         self._sums: dict[str, Tensor] = {}
         self._maxima: dict[str, Tensor] = {}
+        self._rows: dict[str, Tensor] = {}
+
+    def result(self) -> Counted:
+        """All of it, in memory of its own."""
+        of_tokens = Statistics.of(self._sums, self._maxima)
+        return Counted(of_tokens, tuple(self._rows), torch.stack(list(self._rows.values())))
 
     def policies(self, train: Tensor, rollout: Tensor, lr: TokenLogRatios) -> None:
-        """Both policies' log-probs, per sequence, and whether all of them can be used."""
-        self._count = lr.tokens
-        exists = lr.tokens > 0
-        means = {}
-        for name, x in (("train", train), ("rollout", rollout)):
-            self._sums[f"unusable_{name}"] = _unusable(x)
-            row = -mean_of_tokens(self._layout.sum(x).double(), lr.tokens)
-            means[name] = torch.where(exists, row, 0.0)
-            self._sums[f"{name}_log_ppl"] = means[name].sum()
-            self._sums[f"{name}_ppl"] = (bounded_exp(means[name]) * exists).sum()
-        self._sums["unusable"] = self._sums["unusable_train"] | self._sums["unusable_rollout"]
-        apart = -mean_of_tokens(lr.sums, lr.tokens)  # 0 for a sequence without tokens
-        self._sums |= {
-            "tokens": lr.tokens.sum(),
-            "sequences": exists.sum(),
-            "log_ppl_diff": apart.sum(),
-            "log_ppl_abs_diff": apart.abs().sum(),
-            "ppl_ratio": (bounded_exp(apart) * exists).sum(),
-            "squared_sequence_ratio": (bounded_exp(lr.sums).square() * exists).sum(),
+        """Both policies' log-probs, and whether all of them can be used."""
+        self._rows |= {
+            "tokens": lr.tokens,
+            "log_ratio": lr.sums,
+            "train": self._layout.sum(train).double(),
+            "rollout": self._layout.sum(rollout).double(),
         }
-        self._maxima |= {
-            "log_ppl_diff": torch.where(exists, apart, -torch.inf).amax(),
-            "negative_log_ppl_diff": torch.where(exists, -apart, -torch.inf).amax(),
-        }
-        self._probabilities(train, rollout)
-
-    def _probabilities(self, train: Tensor, rollout: Tensor) -> None:
-        """What Pearson's correlation of the probabilities and their difference need."""
-        p, q = (torch.where(self._mask, x.exp(), 0.0).flatten().double() for x in (train, rollout))
+        unusable = {"train": _unusable(train), "rollout": _unusable(rollout)}
+        self._unusable = unusable["train"] | unusable["rollout"]
+        self._sums |= {f"unusable_{name}": found for name, found in unusable.items()}
+        # of the probabilities: what Pearson's correlation and their difference need
+        p, q = (masked(x.exp(), self._mask).flatten().double() for x in (train, rollout))
         self._sums |= {"p": p.sum(), "q": q.sum()}
         self._sums |= {"pp": p.dot(p), "qq": q.dot(q), "pq": p.dot(q)}
         apart = p.sub_(q).abs_()
@@ -63,27 +82,18 @@ class PartStatistics:
 
     def tokens(self, lr: TokenLogRatios, ratio: Tensor) -> None:
         """Divergences token by token, of the raw ratios, which are 1 where masked."""
-        flat = ratio.flatten().double()
         absolute = lr.value.abs()
         self._maxima["abs_log_ratio"] = absolute.amax()
-        masked_tokens = self._mask.numel() - self._sums["tokens"]
-        self._sums |= {
-            "log_ratio": lr.sums.sum(),
-            "k3": lr.k3.sum(),
-            "ratio": flat.sum() - masked_tokens,
-            "ratio_squared": flat.dot(flat) - masked_tokens,
-            "exp_abs": absolute.exp_().sum() - masked_tokens,
-        }
+        self._sums |= {"k3": lr.k3.sum(), "exp_abs": absolute.exp_().sum()}
+        self._moments("ratio", ratio)
 
     def rejected(self, name: str, keeps: Tensor) -> None:
         """How much one stage alone rejects."""
-        out = self._mask & ~keeps
-        self._sums[f"{name}_tokens"] = out.count_nonzero()
-        self._sums[f"{name}_sequences"] = (self._layout.count(out) > 0).sum()
+        self._rows[f"rejected_{name}"] = self._layout.count(self._mask & ~keeps)
 
     def poison(self) -> Tensor:
         """0, or NaN if a log-prob of this part cannot be used."""
-        return torch.where(self._sums["unusable"], torch.nan, 0.0)
+        return torch.where(self._unusable, torch.nan, 0.0)
 
     def level_ratios(self, weighting: Weighting | None, ratio: Tensor) -> None:
         """The weighting's ratios before truncation; masked positions: anything."""
@@ -98,19 +108,12 @@ class PartStatistics:
             names = {"raw": "ratio", "raw_squared": "ratio_squared"}
             self._sums |= {new: self._sums[old] for new, old in names.items()}
         else:
-            self._moments("raw", torch.where(mask, ratio, 0.0))
+            self._moments("raw", torch.where(mask, ratio, 1.0))
 
     def weights(self, weights: Tensor, kept: Tensor) -> None:
         """The weights as the loss will take them, 0 where not kept."""
-        layout, kept_tokens = self._layout, self._layout.count(kept)
-        row_weight = mean_of_tokens(layout.sum(weights).double(), kept_tokens)
-        rejected = self._count - kept_tokens
-        self._sums |= {
-            "kept": kept_tokens.sum(),
-            "kept_sequences": (kept_tokens > 0).sum(),
-            "kept_sequence_weight": row_weight.sum(),
-            "touched_sequences": (rejected > 0).sum(),
-        }
+        self._rows["kept"] = self._layout.count(kept)
+        self._rows["weight"] = self._layout.sum(weights).double()
         self._moments("weight", weights)
         self._extremes("weight", weights, kept)
 
@@ -125,9 +128,48 @@ class PartStatistics:
         self._maxima[name] = torch.where(where, x, -torch.inf).amax()
         self._maxima[f"negative_{name}"] = -torch.where(where, x, torch.inf).amin()
 
-    def result(self) -> Statistics:
-        """All that was counted."""
-        return Statistics.of(self._sums, self._maxima)
+
+def batch_statistics(counted: Counted, positions: int) -> Statistics:
+    """The statistics of a batch of so many positions, masked ones included."""
+    rows = dict(zip(counted.names, counted.rows, strict=True))
+    sums, maxima = _of_sequences(rows)
+    positions_masked = positions - sums["tokens"]
+    for name in ("exp_abs", "ratio", "ratio_squared", "raw", "raw_squared"):
+        sums[name] = counted.of_tokens.sum(name) - positions_masked
+    for name, found in rows.items():
+        if name.startswith("rejected_"):
+            sums[f"{name}_tokens"] = found.sum()
+            sums[f"{name}_sequences"] = (found > 0).sum()
+    return counted.of_tokens.replaced(sums, maxima)
+
+
+def _of_sequences(rows: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What follows from each sequence's numbers; a sequence without tokens adds nothing."""
+    tokens, kept = rows["tokens"], rows["kept"]
+    exists = tokens > 0
+    mean = {name: -mean_of_tokens(rows[name], tokens) for name in ("train", "rollout", "log_ratio")}
+    apart = mean["log_ratio"]  # of the log-perplexities
+    sums = {
+        "tokens": tokens.sum(),
+        "sequences": exists.sum(),
+        "log_ratio": rows["log_ratio"].sum(),
+        "log_ppl_diff": apart.sum(),
+        "log_ppl_abs_diff": apart.abs().sum(),
+        "ppl_ratio": (bounded_exp(apart) * exists).sum(),
+        "squared_sequence_ratio": (bounded_exp(rows["log_ratio"]).square() * exists).sum(),
+        "kept": kept.sum(),
+        "kept_sequences": (kept > 0).sum(),
+        "kept_sequence_weight": mean_of_tokens(rows["weight"], kept).sum(),
+        "touched_sequences": (kept < tokens).sum(),
+    }
+    for name in ("train", "rollout"):
+        sums[f"{name}_log_ppl"] = mean[name].sum()
+        sums[f"{name}_ppl"] = (bounded_exp(mean[name]) * exists).sum()
+    maxima = {
+        "log_ppl_diff": torch.where(exists, apart, -torch.inf).amax(),
+        "negative_log_ppl_diff": torch.where(exists, -apart, -torch.inf).amax(),
+    }
+    return sums, maxima
 
 
 def _unusable(x: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class Padded:
 
     def count(self, tokens: Tensor) -> Tensor:
         """How many of a bool like mask are True, fp64 [batch]."""
-        return tokens.sum(dim=1, dtype=torch.float32).double()  # exact to 2^24 tokens
+        return tokens.int().float().sum(dim=1).double()  # exact to 2^24 tokens, and quick
 
     def spread(self, row: Tensor) -> Tensor:
         """A value for each sequence to its tokens: [batch] -> like mask; differentiable."""

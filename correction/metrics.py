@@ -116,8 +116,10 @@ def _rejections(stages: Sequence[Stage], sums: dict[str, float]) -> dict[str, fl
     for stage in stages:
         if isinstance(stage, Rejection):
             name = f"rollout_rs_{stage.name}"
-            named[f"{name}_masked_fraction"] = sums[f"{stage.name}_tokens"] / tokens
-            named[f"{name}_seq_masked_fraction"] = sums[f"{stage.name}_sequences"] / sequences
+            named[f"{name}_masked_fraction"] = sums[f"rejected_{stage.name}_tokens"] / tokens
+            named[f"{name}_seq_masked_fraction"] = (
+                sums[f"rejected_{stage.name}_sequences"] / sequences
+            )
     return named
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor
 
 from fp8rl.correction.checks import check_shapes, raise_first, waits
-from fp8rl.correction.counting import PartStatistics
+from fp8rl.correction.counting import Counted, PartStatistics, batch_statistics
 from fp8rl.correction.errors import LogProbError
 from fp8rl.correction.layout import Layout, layout_of
 from fp8rl.correction.metrics import correction_metrics
@@ -43,7 +43,7 @@ from fp8rl.correction.stages import (
     Weighting,
     check_stages,
 )
-from fp8rl.correction.statistics import Statistics, total
+from fp8rl.correction.statistics import Statistics
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,13 +108,16 @@ def correct(
     check_shapes(mask, logprobs)
     weights = torch.empty(mask.shape, dtype=torch.float32, device=mask.device)
     kept = torch.empty_like(mask)
-    counted = []
+    counted: Counted | None = None
     for where, part in layout.parts():
         out = weights[where], kept[where]
         tensors = train_logprobs[where], rollout_logprobs[where], mask[where]
-        counted.append(_correct_part(stages, part, *tensors, *out))
-    statistics = total(counted)
-    if not waits(mask.device) and statistics.sum("unusable") > 0:
+        found = _correct_part(stages, part, *tensors, *out)
+        counted = found if counted is None else counted + found
+    assert counted is not None  # a mask has positions
+    statistics = batch_statistics(counted, mask.numel())
+    unusable = statistics.sum("unusable_train") + statistics.sum("unusable_rollout")
+    if not waits(mask.device) and unusable > 0:
         raise_first(mask, logprobs, {})
         raise LogProbError("train_logprobs, rollout_logprobs: changed while they were read")
     for stage in stages:
@@ -131,7 +134,7 @@ def _correct_part(
     mask: Tensor,
     weights: Tensor,
     kept: Tensor,
-) -> Statistics:
+) -> Counted:
     """Fill `weights` and `kept` of a few sequences and count them."""
     counting = PartStatistics(layout, mask)
     train, rollout = masked(train_logprobs, mask), masked(rollout_logprobs, mask)
@@ -155,7 +158,7 @@ def _correct_part(
     weight, keep = _weigh(weighting, level_ratio, keep)
     if waits(mask.device):
         weight = weight + counting.poison()
-    weights.copy_(torch.where(keep, weight, 0.0))
+    weights.copy_(masked(weight, keep))
     kept.copy_(keep)
     counting.weights(weights, kept)
     return counting.result()
