@@ -10,6 +10,10 @@ A minibatch is a run of whole groups. Metrics that only the last pipeline stage 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import count as count_up
+from itertools import takewhile
+
 import torch
 from torch import Tensor
 
@@ -17,8 +21,10 @@ from fp8rl.config import RunConfig
 from fp8rl.correction import (
     Correction,
     Counts,
+    Groups,
     LossOutput,
     by_age,
+    by_position,
     correct,
     correction_metrics,
     count,
@@ -70,11 +76,20 @@ def learn(
         return metrics | _bypass(config, trainer, rollout, advantages, allowed)
     correction = correct(config.correction.stages, old_logprobs, rollout.logprobs, mask)
     metrics |= correction.metrics()
-    ages = by_age(rollout.ages(version), OLDEST_AGE)
-    if ages.index.any():
-        metrics |= group_metrics(ages, old_logprobs, rollout.logprobs, mask)
+    for groups in _groups(rollout, version):
+        metrics |= group_metrics(groups, old_logprobs, rollout.logprobs, mask)
     steps = _decoupled(config, trainer, rollout, old_logprobs, advantages, correction, allowed)
     return metrics | steps
+
+
+def _groups(rollout: RolloutBatch, version: int) -> Iterator[Groups]:
+    """By position 0, 1 to 3, 4 to 15, ...; and by age, where not all tokens are of `version`."""
+    mask = rollout.batch.response_mask
+    longest = int(mask.sum(dim=1).max())
+    yield by_position(mask, list(takewhile(lambda n: n < longest, (4**k for k in count_up()))))
+    ages = by_age(rollout.ages(version), OLDEST_AGE)
+    if ages.index.any():
+        yield ages
 
 
 def _decoupled(

@@ -108,6 +108,8 @@ def test_the_decoupled_step_is_that_of_the_loss_of_the_whole_batch() -> None:
     for name, value in fix.metrics().items():
         assert metrics[name] == pytest.approx(value), name
     assert metrics["rollout_corr/tokens_age_1"] == mask.sum()  # written by version 3, trained as 4
+    positions = [metrics[f"rollout_corr/tokens_position_{name}"] for name in ("0_0", "1_3", "4_")]
+    assert positions[0] == ROWS and sum(positions) == mask.sum()  # responses of 2 to 8 tokens
 
 
 def test_bypass_trains_against_the_sampler_and_rejected_tokens_leave_its_denominator() -> None:
