@@ -4,8 +4,9 @@
     bypass      two policies: pi_old = pi_rollout, so that the loss's ratio is pi / pi_rollout;
                 stages look at pi / pi_rollout, of the policy being stepped
 
-In bypass mode a clipped loss takes no weights, for its ratio is the correction already;
-`check_bypass` refuses what would count the mismatch twice.
+In bypass mode a clipped loss takes no weights, for its ratio is the correction already, and what
+is corrected are micro-batches, so that no stage can take a batch's mean; `check_bypass` refuses
+both.
 """
 
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from fp8rl.correction.stages import (
     Frozen,
     IcePop,
     Reject,
+    Rescaling,
     Stage,
     Weighting,
     check_stages,
@@ -46,7 +48,7 @@ class CorrectionConfig(Frozen):
         if len(value) > 1:
             other = ", ".join(sorted(set(value) - {"preset"}))
             raise ValueError(f"preset {name!r} stands for mode and stages; leave out {other}")
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"preset {name!r} is not one of {', '.join(PRESETS)}")
         return PRESETS[name].model_dump()
 
@@ -57,15 +59,21 @@ class CorrectionConfig(Frozen):
 
 
 def check_bypass(correction: CorrectionConfig, loss: LossConfig) -> None:
-    """Refuse weights in a loss whose ratio corrects already.
+    """Refuse, in bypass mode, weights beside a ratio that corrects already, and batch means.
 
     Raises:
-        ValueError: bypass mode, a stage that gives weights, and a loss other than reinforce.
+        ValueError: a stage that gives weights, and a loss other than reinforce; or a stage that
+            rescales.
     """
-    if correction.mode != "bypass" or loss.kind == "reinforce":
+    if correction.mode != "bypass":
         return
     for stage in correction.stages:
-        if isinstance(stage, Weighting):
+        if isinstance(stage, Rescaling):
+            raise ValueError(
+                f"correction.mode is bypass: {stage.kind} needs the mean of a whole batch, and "
+                "bypass corrects its micro-batches; use mode=decoupled, or leave it out"
+            )
+        if isinstance(stage, Weighting) and loss.kind != "reinforce":
             raise ValueError(
                 f"correction.mode is bypass and loss.kind is {loss.kind}, whose ratio is "
                 f"pi / pi_rollout already: the weights of {stage.kind} would correct twice; use "
@@ -82,6 +90,7 @@ def _bypass(*stages: Stage) -> CorrectionConfig:
 
 
 _TOKEN, _SEQUENCE = TIS(level="token", cap=2.0), TIS(level="sequence", cap=2.0)
+_ICEPOP = IcePop(level="token", low=0.5, high=5.0)
 _GEO = Reject(divergence="k1", level="seq_mean", low=0.999, high=1.001)
 _K3 = Reject(divergence="k3", level="seq_mean", high=0.01)
 
@@ -91,7 +100,7 @@ PRESETS: Mapping[str, CorrectionConfig] = MappingProxyType(
         "disabled": _decoupled(),
         "decoupled_token_is": _decoupled(_TOKEN),
         "decoupled_seq_is": _decoupled(_SEQUENCE),
-        "decoupled_token_icepop": _decoupled(IcePop(level="token", low=0.5, high=5.0)),
+        "decoupled_token_icepop": _decoupled(_ICEPOP),
         "decoupled_seq_is_rs": _decoupled(
             Reject(divergence="k1", level="seq_sum", low=0.5, high=2.0), _SEQUENCE
         ),
@@ -105,6 +114,7 @@ PRESETS: Mapping[str, CorrectionConfig] = MappingProxyType(
         "bypass_ppo_clip_geo_rs": _bypass(_GEO),
         "bypass_ppo_clip_k3_rs": _bypass(_K3),
         "bypass_pg_is": _bypass(_SEQUENCE),
+        "bypass_pg_token_icepop": _bypass(_ICEPOP),
         "bypass_pg_geo_rs": _bypass(_GEO),
         "bypass_pg_geo_rs_seq_tis": _bypass(_GEO, _SEQUENCE),
         "bypass_pg_geo_rs_token_tis": _bypass(_GEO, _TOKEN),

@@ -17,7 +17,6 @@ from torch import Tensor
 from fp8rl.correction.checks import POSITIVE_TOLERANCE
 from fp8rl.correction.layout import Layout
 from fp8rl.correction.ratios import (
-    LOG_RATIO_LIMIT,
     bounded_exp,
     masked,
     mean_of_tokens,
@@ -181,7 +180,7 @@ def _unusable(x: Tensor) -> Tensor:
 def _bounds(weighting: Weighting | None) -> tuple[float, float]:
     """Between which ratios the weighting leaves the ratio as it is; veRL's 1 / cap for TIS."""
     if weighting is None:
-        return 0.0, bounded_exp(torch.tensor(LOG_RATIO_LIMIT)).item() * 2
+        return 0.0, torch.inf
     if isinstance(weighting, TIS):
         return 1 / weighting.cap, weighting.cap
     return weighting.low, weighting.high

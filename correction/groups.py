@@ -5,6 +5,7 @@ many weight versions were published since the one that wrote it. Reported for ea
 `kl` and `k3_kl` as in `metrics.py`, and `eff_sample_size` of the raw token ratios.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,10 +15,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fp8rl.correction.checks import check_shapes, check_values
-from fp8rl.correction.errors import ValueRangeError
+from fp8rl.correction.errors import LogProbError, MaskError, ValueRangeError
 from fp8rl.correction.layout import layout_of
 from fp8rl.correction.metrics import PREFIX
-from fp8rl.correction.ratios import LOG_RATIO_LIMIT, bounded_exp, masked
+from fp8rl.correction.ratios import LOG_RATIO_LIMIT, masked
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,20 +83,32 @@ def group_metrics(
     Raises:
         MaskError, ShapeError, LogProbError: as `correct`.
     """
+    if mask.dtype != torch.bool or groups.index.shape != mask.shape:
+        raise MaskError(
+            f"mask: {mask.dtype} {list(mask.shape)}, expected torch.bool like the groups' index "
+            f"{list(groups.index.shape)}"
+        )
     logprobs = {"train_logprobs": train_logprobs, "rollout_logprobs": rollout_logprobs}
     check_shapes(mask, logprobs)
     poison = check_values(mask, logprobs=logprobs)
     lr = (masked(train_logprobs, mask) - masked(rollout_logprobs, mask)).double().flatten()
-    ratio, capped = bounded_exp(lr), lr.clamp(max=LOG_RATIO_LIMIT)
+    bounded = lr.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    ratio = bounded.exp()
     one = mask.flatten().double()
-    quantities = [one, -lr, torch.expm1(capped) - capped, ratio * one, ratio.square() * one]
+    quantities = [one, -lr, torch.expm1(bounded) - bounded, ratio * one, ratio.square() * one]
     index = torch.where(mask, groups.index, 0).flatten()
     sums = torch.stack(quantities).new_zeros(len(quantities), len(groups.labels))
     sums = sums.index_add(1, index, torch.stack(quantities)) + poison
     if group is not None:
         dist.all_reduce(sums, group=group)
     named: dict[str, float] = {}
-    for label, column in zip(groups.labels, sums.T.tolist(), strict=True):
+    columns = sums.T.tolist()
+    if any(math.isnan(column[0]) for column in columns):
+        raise LogProbError(
+            "train_logprobs, rollout_logprobs: an unmasked value is NaN, infinite or positive; "
+            "expected finite log-probabilities (at most 0)"
+        )
+    for label, column in zip(groups.labels, columns, strict=True):
         tokens, k1, k3, first, second = column
         if tokens:
             named |= {

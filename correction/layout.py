@@ -82,7 +82,11 @@ class Packed:
         first = 0
         while first < self.sequences:
             last = first + 1
-            while last < self.sequences and bounds[last + 1] - bounds[first] <= PART_TOKENS:
+            while last < self.sequences and (
+                bounds[last + 1] - bounds[first] <= PART_TOKENS
+                # no part without tokens: nothing has no extremes
+                or bounds[last] in (bounds[first], bounds[last + 1])
+            ):
                 last += 1
             tokens = slice(bounds[first], bounds[last])
             owner, shifted = self.owner[tokens] - first, self.bounds[first : last + 1]

@@ -116,6 +116,9 @@ def log_probs_from_hidden(
     Raises:
         ShapeError, ValueRangeError: as for `log_probs_from_logits`.
     """
+    if torch.is_autocast_enabled(hidden.device.type):  # backward has to see the forward's logits
+        narrow = torch.get_autocast_dtype(hidden.device.type)
+        hidden, head = hidden.to(narrow), head.to(narrow)
     if head.ndim != 2 or hidden.shape[-1:] != head.shape[-1:] or hidden.dtype != head.dtype:
         raise ShapeError(
             f"head: {head.dtype} {list(head.shape)}, expected {hidden.dtype} [vocabulary, width] "

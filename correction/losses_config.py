@@ -3,9 +3,9 @@
     loss: {kind: ppo_clip, clip_low: 0.2, clip_high: 0.28, aggregation: token-mean}
     loss: {preset: gspo}
 
-The presets are the published settings: GRPO (arXiv 2402.03300), DAPO (2503.14476), Dr.GRPO
-(2503.20783), GSPO (2507.18071), CISPO (2506.13585). Dr.GRPO is also advantages without division
-by the standard deviation: `group_advantages(..., normalize=False)`.
+The presets are GRPO (arXiv 2402.03300), DAPO (2503.14476), Dr.GRPO (2503.20783), GSPO (2507.18071)
+and CISPO (2506.13585); bounds that a paper does not print are DAPO's. Dr.GRPO is also advantages
+without division by the standard deviation: `group_advantages(..., normalize=False)`.
 """
 
 from collections.abc import Mapping
@@ -113,7 +113,7 @@ def _expand_preset(value: Any) -> Any:
     rest = {key: each for key, each in value.items() if key != "preset"}
     if "preset" not in value:
         return {"kind": "ppo_clip"} | rest
-    if value["preset"] not in LOSS_PRESETS:
+    if not isinstance(value["preset"], str) or value["preset"] not in LOSS_PRESETS:
         raise ValueError(f"preset {value['preset']!r} is not one of {', '.join(LOSS_PRESETS)}")
     if "kind" in rest:
         raise ValueError(f"preset {value['preset']!r} stands for a kind; leave out kind")

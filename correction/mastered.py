@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fp8rl.correction.checks import check_shapes, check_values, waits
+from fp8rl.correction.checks import check_shapes, check_values, usable_logprob, waits
 from fp8rl.correction.errors import ShapeError, ValueRangeError
 from fp8rl.correction.layout import layout_of
 from fp8rl.correction.losses import per_token
@@ -63,5 +63,7 @@ def drop_mastered(
         raise ValueRangeError(
             f"entropy: {entropy.item()}, expected the policy's mean token entropy, in nats"
         )
-    mastered = (advantages > 0) & (old_logprobs >= math.log(config.probability))
+    # where an unusable log-prob could not be refused it stays, and makes the loss NaN
+    certain = (old_logprobs >= math.log(config.probability)) & usable_logprob(old_logprobs)
+    mastered = (advantages > 0) & certain
     return kept & ~(mastered & (entropy < config.entropy))

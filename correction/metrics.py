@@ -1,7 +1,9 @@
 """How far rollout and training policies are apart, and what the correction did about it.
 
 With `lr = log p_train - log p_rollout`, `r = exp(lr)`, over unmasked tokens sampled by the rollout
-policy; veRL's names and definitions where it has them, all under `rollout_corr/`:
+policy; by veRL's names where it has them, all under `rollout_corr/`. Unlike veRL's, `rollout_is_*`
+are of the weights as the loss takes them, at every level and after normalization, and fractions are
+of tokens:
 
     kl = mean(-lr), k3_kl = mean(r - 1 - lr)       both estimate KL(rollout || train); k3 is >= 0
     chi2_token = mean(r^2) - 1                     chi2_seq: of sequence ratios, over sequences
@@ -13,8 +15,9 @@ policy; veRL's names and definitions where it has them, all under `rollout_corr/
     ratio_fraction_high, _low: share of tokens whose raw ratio is out of the weighting's bounds
     rollout_rs_*masked_fraction: share of tokens, or sequences touched, that left the loss
 
-k1 and k3 are Schulman's estimators (joschu.net/blog/kl-approx.html). Exponents are clamped to +-20:
-every number is finite. Under `training/` are the probabilities' own: difference and correlation.
+k1 and k3 are Schulman's estimators (joschu.net/blog/kl-approx.html). Log-ratios are clamped to +-20
+but for k1: every number is finite. Under `training/` are the probabilities' own: difference and
+correlation.
 """
 
 import math

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fp8rl.correction.layout import Layout
-from fp8rl.correction.ratios import LOG_RATIO_LIMIT, mean_of_tokens
+from fp8rl.correction.ratios import mean_of_tokens
 from fp8rl.correction.stages import Reject, Rejection, Veto
 
 
@@ -66,5 +66,4 @@ def _outside(stage: Reject, value: Tensor) -> Tensor:
         return value > stage.high
     assert stage.low is not None  # Reject has checked
     low = log(stage.low) if stage.low > 0 else -torch.inf
-    bounded = value.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    return (bounded < low) | (bounded > log(stage.high))
+    return (value < low) | (value > log(stage.high))

@@ -12,7 +12,8 @@ Three kinds of stage, applied in the order given:
     rescaling   batch_normalize, ess_mixing: change weights that an earlier stage gave
 
 Bounds are bounds on the importance ratio `r = p_train / p_rollout` itself, never on `1 / r` or on
-its logarithm; those of k2 and k3 are bounds on the divergence, in nats. Every ratio is taken over
+its logarithm, and lie where ratios do, in [1e-8, 1e8]; those of k2 and k3 are bounds on the
+divergence, in nats. Every ratio is taken over
 the mask as the batch came, whatever earlier stages rejected, so that their order does not matter;
 rescaling stages come last.
 """
@@ -20,8 +21,21 @@ rescaling stages come last.
 from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+# a token's log-ratio is clamped to +-20, that is its ratio to [2.1e-9, 4.9e8]: a bound beyond would
+# never act
+SMALLEST_BOUND, LARGEST_BOUND = 1e-8, 1e8
+
+
+def _zero_or_reached(low: float) -> float:
+    if 0 < low < SMALLEST_BOUND:
+        raise ValueError(f"{low} is below {SMALLEST_BOUND}, which no ratio is; use 0 for no bound")
+    return low
+
+
+Low = Annotated[float, Field(ge=0), AfterValidator(_zero_or_reached)]
+High = Annotated[float, Field(gt=0, le=LARGEST_BOUND)]
 Level = Literal["token", "sequence", "geometric"]
 Divergence = Literal["k1", "k2", "k3"]
 RejectLevel = Literal["token", "seq_sum", "seq_mean", "seq_max"]
@@ -38,14 +52,14 @@ class TIS(Frozen):
 
     kind: Literal["tis"] = "tis"
     level: Level = "token"
-    cap: float = Field(default=2.0, gt=0)
+    cap: High = 2.0
 
 
 class _Band(Frozen):
     """Bounds on a ratio."""
 
-    low: float = Field(default=0.5, ge=0)
-    high: float = Field(default=2.0, gt=0)
+    low: Low = 0.5
+    high: High = 2.0
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -75,7 +89,7 @@ class IcePop(_Band):
 
     kind: Literal["icepop"] = "icepop"
     level: Level = "token"
-    high: float = Field(default=5.0, gt=0)
+    high: High = 5.0
 
 
 class Reject(Frozen):
@@ -91,8 +105,8 @@ class Reject(Frozen):
     kind: Literal["reject"] = "reject"
     divergence: Divergence = "k1"
     level: RejectLevel = "token"
-    low: float | None = Field(default=None, ge=0)
-    high: float = Field(gt=0)
+    low: Low | None = None
+    high: High
 
     @model_validator(mode="after")
     def _bounds_fit(self) -> Self:
@@ -122,7 +136,7 @@ class Veto(Frozen):
     """
 
     kind: Literal["veto"] = "veto"
-    floor: float = Field(default=1e-4, gt=0, lt=1)
+    floor: float = Field(default=1e-4, ge=SMALLEST_BOUND, lt=1)
 
     @property
     def name(self) -> str:
@@ -189,6 +203,10 @@ def check_stages(stages: Sequence[Stage]) -> None:
                     f"stages: {weighting} and {stage.kind} both give weights; keep one of them"
                 )
             weighting = stage.kind
+        if isinstance(stage, ESSMixing) and weighting == "icepop":
+            raise ValueError(
+                "stages: ess_mixing would give back a weight to what icepop set to 0; use mis"
+            )
         if isinstance(stage, Rescaling) and weighting is None:
             raise ValueError(
                 f"stages: {stage.kind} rescales weights, but no tis, mis or icepop stands before it"

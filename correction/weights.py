@@ -116,13 +116,15 @@ def correct(
         counted = found if counted is None else counted + found
     assert counted is not None  # a mask has positions
     statistics = batch_statistics(counted, mask.numel())
-    unusable = statistics.sum("unusable_train") + statistics.sum("unusable_rollout")
-    if not waits(mask.device) and unusable > 0:
-        raise_first(mask, logprobs, {})
-        raise LogProbError("train_logprobs, rollout_logprobs: changed while they were read")
-    for stage in stages:
-        if isinstance(stage, Rescaling):
-            statistics = rescale(stage, weights, kept, statistics, group)
+    rescaling = [stage for stage in stages if isinstance(stage, Rescaling)]
+    if not waits(mask.device):
+        # before ranks take a mean together they know whether one of them is about to refuse
+        known = statistics.reduced(group) if rescaling else statistics
+        if known.sum("unusable_train") + known.sum("unusable_rollout") > 0:
+            raise_first(mask, logprobs, {})
+            raise LogProbError("train_logprobs, rollout_logprobs: another rank's cannot be used")
+    for stage in rescaling:
+        statistics = rescale(stage, weights, kept, statistics, group)
     return Correction(weights, kept, statistics, tuple(stages))
 
 

@@ -53,7 +53,7 @@ from rich.console import Console
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
 
-from fp8rl.correction import TIS, PPOClip, correct, group_advantages, policy_loss
+from fp8rl.correction import TIS, PPOClip, correct, count, group_advantages, policy_loss
 from fp8rl.errors import EngineDiedError, StaleWeightsError
 from fp8rl.quant import KVCalibrator, KVScaleRule
 from fp8rl.rollout import EngineSettings, RolloutEngine, Sample, Sampling
@@ -211,11 +211,10 @@ class Trainer:
         new = torch.where(mask, torch.nn.functional.pad(chosen, (1, 0)), 0.0)
         old = new.detach()  # one step on each batch: REINFORCE
         fix = correct([TIS(cap=2.0)], old, behaviour, mask)
-        kept = fix.kept.sum()
-        dist.all_reduce(kept)  # tokens of the whole batch
+        counts = count(fix.kept, group=dist.group.WORLD)  # of the whole batch
         advantages = group_advantages(rewards, SAMPLING.samples)
         config = PPOClip()
-        made = policy_loss(config, new, old, advantages, fix.weights, fix.kept, denominator=kept)
+        made = policy_loss(config, new, old, advantages, fix.weights, fix.kept, counts=counts)
         (self.ranks * made.loss).backward()  # FSDP takes the mean over ranks
         self.optimizer.step()
         self.optimizer.zero_grad()

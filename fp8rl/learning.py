@@ -68,8 +68,8 @@ def learn(
     reference = rollout.logprobs if old_logprobs is None else old_logprobs
     allowed = mask
     if config.loss.mastered is not None:
-        # E[-log p] over sampled tokens is the policy's mean token entropy
-        entropy = -reference[mask].mean()
+        # -log p over a policy's own samples estimates its entropy; pi_old's would add the KL
+        entropy = -rollout.logprobs[mask].mean()
         allowed = drop_mastered(config.loss.mastered, reference, advantages, mask, entropy)
         metrics["policy/mastered_fraction"] = float((mask & ~allowed).sum() / mask.sum())
     if old_logprobs is None:
@@ -85,8 +85,8 @@ def learn(
 def _groups(rollout: RolloutBatch, version: int) -> Iterator[Groups]:
     """By position 0, 1 to 3, 4 to 15, ...; and by age, where not all tokens are of `version`."""
     mask = rollout.batch.response_mask
-    longest = int(mask.sum(dim=1).max())
-    yield by_position(mask, list(takewhile(lambda n: n < longest, (4**k for k in count_up()))))
+    width = mask.shape[1]  # that of the whole run, so that every step has the same names
+    yield by_position(mask, list(takewhile(lambda n: n < width, (4**k for k in count_up()))))
     ages = by_age(rollout.ages(version), OLDEST_AGE)
     if ages.index.any():
         yield ages

@@ -203,8 +203,13 @@ def _check(group: Group, new: Sample, segment: Segment, stop_token: int, version
             f"{what} comes from versions {sorted(set(new.versions))}, expected {version}"
         )
     whole = len(new.tokens) == segment.max_tokens or new.tokens[-1:] == (stop_token,)
-    if not whole or len(new.tokens) > segment.max_tokens:
+    if not whole or len(new.tokens) > segment.max_tokens or stop_token in new.tokens[:-1]:
         raise EngineError(
-            f"{what} has {len(new.tokens)} tokens and no end; expected {segment.max_tokens}, or "
-            f"fewer that end with token {stop_token}"
+            f"{what} has {len(new.tokens)} tokens, the last {new.tokens[-1:]}; expected "
+            f"{segment.max_tokens}, or fewer of which the last alone is token {stop_token}"
+        )
+    if not len(new.tokens) == len(new.logprobs) == len(new.versions):
+        raise EngineError(
+            f"{what} has {len(new.tokens)} tokens, {len(new.logprobs)} log-probs and "
+            f"{len(new.versions)} versions; expected as many of each"
         )

@@ -4,20 +4,27 @@ import math
 
 import pytest
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from fp8rl.correction import (
     MIS,
     TIS,
+    BatchNormalize,
     CorrectionConfig,
     Counts,
+    ESSMixing,
     LogProbError,
+    LossConfig,
     MaskError,
+    MasteredTokens,
     PPOClip,
+    Reinforce,
     ShapeError,
     ValueRangeError,
     by_age,
+    check_bypass,
     correct,
+    drop_mastered,
     group_metrics,
     policy_loss,
 )
@@ -146,6 +153,10 @@ def test_the_count_of_kept_tokens_is_a_positive_number(make_batch, tokens):
         ([{"kind": "batch_normalize"}], "rescales weights, but no tis, mis or icepop"),
         ([{"kind": "tis"}, {"kind": "ess_mixing"}, {"kind": "veto"}], "put veto before it"),
         ([{"kind": "veto"}, {"kind": "veto", "floor": 0.1}], "veto stands twice"),
+        ([{"kind": "icepop"}, {"kind": "ess_mixing"}], "give back a weight to what icepop set"),
+        ([{"kind": "veto", "floor": 1e-9}], "floor"),
+        ([{"kind": "mis", "low": 1e-10}], "below 1e-08, which no ratio is; use 0"),
+        ([{"kind": "reject", "low": 0.0, "high": 1e9}], "high"),
     ],
 )
 def test_bad_configuration_is_refused(stages, complaint):
@@ -163,6 +174,48 @@ def test_stages_given_to_correct_are_checked_like_those_of_a_config(make_batch):
 def test_bad_clip_range_is_refused(bad):
     with pytest.raises(ValidationError):
         PPOClip(**bad)
+
+
+@pytest.mark.parametrize("stage", [BatchNormalize(), ESSMixing()])
+def test_bypass_mode_has_no_mean_of_a_batch(stage):
+    config = CorrectionConfig(mode="bypass", stages=[TIS(), stage])
+    with pytest.raises(ValueError, match=f"bypass: {stage.kind} needs the mean of a whole batch"):
+        check_bypass(config, Reinforce())
+
+
+@pytest.mark.parametrize("preset", ["tis", ["tis"], 3, None])
+def test_a_preset_that_is_none_is_refused_with_those_there_are(preset):
+    with pytest.raises(ValidationError, match="is not one of disabled, decoupled_token_is"):
+        CorrectionConfig.model_validate({"preset": preset})
+    with pytest.raises(ValidationError, match="is not one of grpo, dapo"):
+        TypeAdapter(LossConfig).validate_python({"preset": preset})
+
+
+def test_groups_of_a_mask_that_is_none_or_of_another_shape_are_refused(make_batch):
+    b = make_batch(0)
+    ages = by_age(torch.zeros_like(b.mask, dtype=torch.int64), 1)
+    with pytest.raises(MaskError, match=r"^mask: torch\.float32"):
+        group_metrics(ages, b.old, b.rollout, b.mask.float())
+    narrow = by_age(torch.zeros(7, dtype=torch.int64), 1)
+    with pytest.raises(MaskError, match=r"index \[7\]"):
+        group_metrics(narrow, b.old, b.rollout, b.mask)
+
+
+def test_where_a_value_cannot_be_refused_at_once_groups_and_mastered_tokens_do_not_hide_it(
+    make_batch, monkeypatch
+):
+    b = make_batch(0)
+    row, column = b.mask.nonzero()[3].tolist()
+    bad, too_certain = b.rollout.clone(), b.old.clone()
+    bad[row, column], too_certain[row, column] = math.nan, 5.0
+    ages = by_age(torch.zeros_like(b.mask, dtype=torch.int64), 1)
+    for module in ("checks", "mastered"):  # as on CUDA
+        monkeypatch.setattr(f"fp8rl.correction.{module}.waits", lambda _: True)
+    with pytest.raises(LogProbError, match="NaN, infinite or positive"):
+        group_metrics(ages, b.old, bad, b.mask)
+    rule, ones = MasteredTokens(probability=0.9, entropy=9.0), torch.ones(len(b.mask))
+    kept = drop_mastered(rule, too_certain, ones, b.mask, 0.1)
+    assert kept[row, column], "it stays, and the loss is NaN"
 
 
 def test_records_are_frozen():

@@ -184,6 +184,23 @@ def test_packed_and_padded_batches_give_the_same(make_batch, stages, seed, rows,
     assert fix.metrics() == pytest.approx(padded_fix.metrics(), rel=1e-6, abs=1e-6)
 
 
+@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=12), room=st.integers(1, 12))
+@settings(deadline=None, max_examples=100)
+def test_sequences_without_tokens_make_no_difference_to_the_parts(lengths, room):
+    lengths = [*lengths, 3]
+    g = torch.Generator().manual_seed(sum(lengths))
+    old = -torch.rand(sum(lengths), generator=g)
+    rollout = (old + 0.1 * torch.randn(sum(lengths), generator=g)).clamp(max=0)
+    mask, bounds = torch.ones_like(old).bool(), torch.tensor([0, *lengths]).cumsum(0)
+    stages = [Reject(level="seq_mean", low=0.9, high=1.2), TIS(level="sequence", cap=1.1)]
+    whole = correct(stages, old, rollout, mask, cu_seqlens=bounds)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fp8rl.correction.layout.PART_TOKENS", room)
+        parts = correct(stages, old, rollout, mask, cu_seqlens=bounds)
+    assert torch.equal(parts.weights, whole.weights) and torch.equal(parts.kept, whole.kept)
+    assert parts.metrics() == pytest.approx(whole.metrics(), rel=1e-6, abs=1e-6)
+
+
 @every_list
 def test_parts_that_fit_the_caches_give_what_one_part_gives(make_batch, stages, monkeypatch):
     b = make_batch(1, rows=37, tokens=23)

@@ -313,3 +313,22 @@ def test_bad_input_is_refused_by_name():
     ]:
         with pytest.raises(error, match=message):
             call()
+
+
+@pytest.mark.parametrize("backward_inside", [False, True])
+@pytest.mark.parametrize("head_dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_the_gradient_is_that_of_the_forward(backward_inside, head_dtype):
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(64, 128, generator=g).requires_grad_()
+    head = (1.7 * torch.randn(500, 128, generator=g)).to(head_dtype)  # logits of std 20
+    tokens = torch.randint(0, 500, (64,), generator=g)
+    with torch.autocast("cpu", torch.bfloat16):
+        logprobs = log_probs_from_hidden(hidden, head, tokens).logprobs
+        if backward_inside:
+            logprobs.sum().backward()
+    if not backward_inside:
+        logprobs.sum().backward()
+    wide = hidden.detach().bfloat16().double().requires_grad_()
+    logits = wide @ head.bfloat16().double().T
+    logits.log_softmax(-1).gather(-1, tokens[:, None]).sum().backward()
+    assert (hidden.grad.double() - wide.grad).norm() < 0.1 * wide.grad.norm()

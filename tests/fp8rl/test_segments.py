@@ -224,8 +224,14 @@ def test_runs_of_different_seeds_share_no_sampling_noise() -> None:
             StaleWeightsError,
             r"prompt 0 of the run comes from versions \[4, 5\], expected 5",
         ),
-        (Sample((2,), (-1.0,), (5,)), EngineError, "has 1 tokens and no end; expected 2, or fewer"),
-        (Sample((), (), ()), EngineError, "has 0 tokens and no end"),
+        (
+            Sample((2,), (-1.0,), (5,)),
+            EngineError,
+            r"has 1 tokens, the last \(2,\); expected 2, or fewer",
+        ),
+        (Sample((), (), ()), EngineError, "has 0 tokens, the last"),
+        (Sample((STOP, 2), (-1.0,) * 2, (5,) * 2), EngineError, "the last alone is token"),
+        (Sample((2, 3), (-1.0,), (5,) * 2), EngineError, "2 tokens, 1 log-probs and 2 versions"),
         (Sample((2, 3, 1), (-1.0,) * 3, (5,) * 3), EngineError, "has 3 tokens"),
     ],
 )
