@@ -8,19 +8,24 @@
 After every generation the trainer's own log-probs are set against those that were sampled with,
 from TRL's vLLM or from a `rollout_func`; weights and kept tokens go with the batch, and the loss is
 fp8rl's, divided by what is kept in the window of micro-batches of one optimizer step, over all
-processes. Everything else is TRL's: generation, rewards, advantages, the optimizer.
+processes. Everything else is TRL's: generation, rewards, advantages, the optimizer. A token that
+vLLM could not score (its log-prob is NaN) leaves the loss, where TRL takes it with a ratio of 1.
 
 Left out, and refused by name: beta (KL to a reference), entropy bonus, `top_entropy_quantile`,
-`off_policy_mask_threshold`, MoE auxiliary loss, images. Written for TRL 1.16, whose private methods
-`_generate_and_score_completions` and `_compute_loss` it overrides.
+`off_policy_mask_threshold`, `importance_sampling_level` and `delta`, which the loss's own settings
+stand for, MoE auxiliary loss, images, and optimizer steps that reach over two generations. Written
+for TRL 1.16, whose private methods `_generate_and_score_completions` and `_compute_loss` it
+overrides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from trl import GRPOTrainer
 
@@ -31,13 +36,15 @@ WEIGHTS: Final = "fp8rl_weights"
 KEPT: Final = "fp8rl_kept"
 OVERRIDDEN: Final = ("_generate_and_score_completions", "_compute_loss")
 
-# TRL's attribute -> the only value that this loss has; absent ones are as good
+# setting of GRPOConfig -> the only value that this loss has; absent ones are as good
 LEFT_OUT: Final = {
     "beta": 0.0,
-    "_entropy_bonus_enabled": False,
+    "entropy_coef": 0.0,
+    "use_adaptive_entropy": False,
     "top_entropy_quantile": 1.0,
     "off_policy_mask_threshold": None,
-    "aux_loss_enabled": False,
+    "importance_sampling_level": "token",
+    "delta": None,
 }
 
 
@@ -66,17 +73,35 @@ class CorrectedGRPOTrainer(GRPOTrainer):
             if not hasattr(GRPOTrainer, name):
                 raise UnsupportedTRLError(f"this TRL has no GRPOTrainer.{name}; known: TRL 1.16")
         super().__init__(*args, **kwargs)
+        self._refuse_what_is_left_out()
+        self._stages, self._loss_config = tuple(correction), policy_loss
+
+    def _refuse_what_is_left_out(self) -> None:
         for name, expected in LEFT_OUT.items():
-            found = getattr(self, name, expected)
+            found = getattr(self.args, name, expected)
             if found != expected:
                 raise UnsupportedTRLError(
-                    f"{name.strip('_')} is {found}: not part of fp8rl's loss; leave it {expected}"
+                    f"{name} is {found}: not part of fp8rl's loss; leave it {expected}"
                 )
+        if getattr(self, "aux_loss_enabled", False):
+            raise UnsupportedTRLError(
+                "the model's MoE auxiliary loss is not part of fp8rl's; set "
+                "router_aux_loss_coef=0.0"
+            )
         if self.use_vllm and self.vllm_importance_sampling_correction:
             raise UnsupportedTRLError(
                 "vllm_importance_sampling_correction=True would correct beside fp8rl; set it False"
             )
-        self._stages, self._loss_config = tuple(correction), policy_loss
+        generated, accumulated = (
+            self.args.steps_per_generation,
+            self.args.gradient_accumulation_steps,
+        )
+        if generated % accumulated:
+            raise UnsupportedTRLError(
+                f"steps_per_generation is {generated} and gradient_accumulation_steps "
+                f"{accumulated}: an optimizer step would reach over two generations, whose kept "
+                "tokens are not known together; make the first a multiple of the second"
+            )
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         """TRL's batch of one generation, with weights and kept tokens [batch, tokens]."""
@@ -92,11 +117,15 @@ class CorrectedGRPOTrainer(GRPOTrainer):
         if batch.get("old_per_token_logps") is None:
             with torch.no_grad():
                 batch["old_per_token_logps"] = self._logprobs(self.model, batch)
-        found = correct(self._stages, batch["old_per_token_logps"], sampled, _mask(batch))
+        mask = _mask(batch) & ~sampled.isnan()
+        group = dist.group.WORLD if self.accelerator.num_processes > 1 else None
+        old = batch["old_per_token_logps"]
+        found = correct(self._stages, old, sampled, mask, group=group)
         batch |= {WEIGHTS: found.weights, KEPT: found.kept}
-        mode = "train" if self.model.training else "eval"
-        for name, value in found.metrics().items():
-            self._metrics[mode][name].append(value)
+        everywhere = replace(found, statistics=found.statistics.reduced(group))
+        if everywhere.statistics.sum("tokens") > 0:  # all may be truncated, and masked for it
+            for name, value in everywhere.metrics().items():
+                self._metrics[self._mode()][name].append(value)
         return batch
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -111,7 +140,7 @@ class CorrectedGRPOTrainer(GRPOTrainer):
             inputs[KEPT],
             counts=counts,
         )
-        mode = "train" if self.model.training else "eval"
+        mode = self._mode()
         tokens = out.counts.tokens
         share = counts.tokens / tokens if bool(tokens) else 0.0  # TRL logs means, ours add up
         for name, value in out.metrics.items():
@@ -134,13 +163,20 @@ class CorrectedGRPOTrainer(GRPOTrainer):
         return Counts(everywhere[0], everywhere[1])
 
     def _logprobs(self, model: Any, batch: dict[str, Any]) -> Tensor:
-        """The model's log-probs of the completions, [batch, tokens]."""
+        """The model's log-probs of the completions, [batch, tokens]; a micro-batch at a time."""
+        args = self.args
+        train = self.model.training
+        rows = args.per_device_train_batch_size if train else args.per_device_eval_batch_size
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
         found: Tensor = self._get_per_token_logps_and_entropies(
-            model, ids, mask, batch["completion_ids"].size(1)
+            model, ids, mask, batch["completion_ids"].size(1), batch_size=rows
         )[0]
         return found
+
+    def _mode(self) -> str:
+        """TRL's name of what is going on."""
+        return "train" if self.model.training else "eval"
 
 
 def _mask(batch: dict[str, Any]) -> Tensor:

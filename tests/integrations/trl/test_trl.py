@@ -12,7 +12,13 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 from trl import GRPOConfig
 
 from fp8rl.correction import TIS, PPOClip, Reinforce, Reject, correct, policy_loss
@@ -62,7 +68,12 @@ def reward(completions: list[str], **_: Any) -> list[float]:
 
 
 def trainer(
-    folder: Path, loss: Any = None, stages: Any = STAGES, **settings: Any
+    folder: Path,
+    loss: Any = None,
+    stages: Any = STAGES,
+    sampler: Any = rollout,
+    policy: Any = None,
+    **settings: Any,
 ) -> CorrectedGRPOTrainer:
     defaults: dict[str, Any] = {
         "output_dir": str(folder),
@@ -84,12 +95,12 @@ def trainer(
         "vllm_importance_sampling_correction": False,
     }
     return CorrectedGRPOTrainer(
-        model(),
+        policy or model(),
         reward,
         args=GRPOConfig(**(defaults | settings)),
         train_dataset=Dataset.from_dict({"prompt": [f"w{i} w{i + 1}" for i in range(8)]}),
         processing_class=tokenizer(),
-        rollout_func=rollout,
+        rollout_func=sampler,
         correction=stages,
         policy_loss=loss or PPOClip(),
     )
@@ -149,9 +160,20 @@ def test_without_stages_the_weights_are_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"entropy_coef": 0.01}, "entropy_bonus_enabled is True"),
+        ({"entropy_coef": 0.01}, "entropy_coef is 0.01"),
+        ({"use_adaptive_entropy": True}, "use_adaptive_entropy is True"),
+        ({"importance_sampling_level": "sequence"}, "importance_sampling_level is sequence"),
+        ({"delta": 4.0}, "delta is 4.0: not part of fp8rl's loss; leave it None"),
         ({"top_entropy_quantile": 0.5}, "top_entropy_quantile is 0.5"),
         ({"off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold is 0.5"),
+        (
+            {"steps_per_generation": 3},
+            "steps_per_generation is 3 and gradient_accumulation_steps 2: .* make the first",
+        ),
+        (
+            {"steps_per_generation": 1},
+            "steps_per_generation is 1 and gradient_accumulation_steps 2: .* make the first",
+        ),
     ],
     ids=str,
 )
@@ -160,6 +182,56 @@ def test_what_the_loss_has_not_is_refused(
 ) -> None:
     with pytest.raises(UnsupportedTRLError, match=told):
         trainer(tmp_path, **settings)
+
+
+def test_the_auxiliary_loss_of_experts_is_refused_by_its_setting(tmp_path: Path) -> None:
+    config = Qwen3MoeConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=64, moe_intermediate_size=32,
+        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        num_experts=2, num_experts_per_tok=1, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    experts = Qwen3MoeForCausalLM(config)
+    with pytest.raises(UnsupportedTRLError, match=r"router_aux_loss_coef=0\.0"):
+        trainer(tmp_path, policy=experts)
+    trainer(tmp_path, policy=experts, router_aux_loss_coef=0.0)
+
+
+def test_a_generation_is_scored_a_micro_batch_at_a_time(tmp_path: Path) -> None:
+    made = trainer(tmp_path)
+    rows: list[int] = []
+    made.model.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])) if kwargs else None,
+        with_kwargs=True,
+    )
+    made.train()
+    assert max(rows) == 4 < len(joined(made._buffered_inputs)["completion_ids"])
+
+
+def test_completions_that_are_all_truncated_are_a_step_of_nothing(tmp_path: Path) -> None:
+    made = trainer(tmp_path, mask_truncated_completions=True)  # no word is the end
+    before = [p.detach().clone() for p in made.model.parameters()]
+    made.train()
+    assert not joined(made._buffered_inputs)["fp8rl_kept"].any()
+    assert all(map(torch.equal, before, made.model.parameters()))
+    assert "rollout_corr/k3_kl" not in made.state.log_history[0]
+
+
+def partly_scored(prompts: list[str], trainer: Any) -> dict[str, list[Any]]:
+    """The same, but vLLM could not score the first token of each."""
+    found = rollout(prompts, trainer)
+    for logprobs in found["logprobs"]:
+        logprobs[0] = float("nan")
+    return found
+
+
+def test_tokens_that_vLLM_could_not_score_leave_the_loss(tmp_path: Path) -> None:
+    made = trainer(tmp_path, stages=[TIS(cap=1.2)], sampler=partly_scored)
+    made.train()
+    batch = joined(made._buffered_inputs)
+    expected = batch["completion_mask"].bool()
+    expected[:, 0] = False
+    assert torch.equal(batch["fp8rl_kept"], expected)
+    assert all(bool(p.isfinite().all()) for p in made.model.parameters())
 
 
 def test_a_generation_without_logprobs_is_refused(tmp_path: Path) -> None:
