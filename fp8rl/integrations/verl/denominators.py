@@ -9,8 +9,12 @@ data-parallel group is on its way, both are made to agree with `response_mask`:
     loss_mask = response_mask      global_batch_size = sequences with a token left, over all ranks
 
 That is exact under gradient accumulation and data parallelism, for veRL's own losses too, and
-changes nothing where no token was rejected and no sequence was empty. It cannot help in bypass
-mode, where rejection happens within the loss: `losses.py`.
+changes nothing where no token was rejected and no sequence was empty. Where no token is left at all
+it changes nothing either: the loss is 0 whatever it is divided by, but by 0 it would be NaN. It
+cannot help in bypass mode, where rejection happens within the loss: `losses.py`.
+
+Megatron's loss of multi-token prediction is taken over `loss_mask`, so that rejected tokens leave
+that loss too, unless all are.
 """
 
 from __future__ import annotations
@@ -37,15 +41,17 @@ def count_what_is_left(data: Any, group: dist.ProcessGroup | None) -> None:
     if "response_mask" not in data or "loss_mask" not in data:
         return
     mask = data["response_mask"]
-    data["loss_mask"] = mask
-    if tensordict_utils.get_non_tensor_data(data, "global_batch_size", None) is None:
-        return
     rows = mask.unbind() if mask.is_nested else mask
-    device = torch.accelerator.current_accelerator(check_available=True) or mask.device
-    sequences = torch.stack([row.any() for row in rows]).sum().to(device)
+    tokens = torch.stack([row.count_nonzero() for row in rows])
+    left = torch.stack([tokens.sum(), tokens.count_nonzero()])
+    left = left.to(torch.accelerator.current_accelerator(check_available=True) or mask.device)
     if group is not None:
-        dist.all_reduce(sequences, group=group)
-    tensordict_utils.assign_non_tensor(data, global_batch_size=max(1, int(sequences)))
+        dist.all_reduce(left, group=group)
+    if not left[0]:  # the loss is 0, and must not be divided by it
+        return
+    data["loss_mask"] = mask
+    if tensordict_utils.get_non_tensor_data(data, "global_batch_size", None) is not None:
+        tensordict_utils.assign_non_tensor(data, global_batch_size=int(left[1]))
 
 
 def install(base: ModuleType) -> None:

@@ -15,8 +15,9 @@ Bypass mode: weights and rejection are those of pi / pi_rollout, known only in t
 micro-batch. How many tokens of the whole mini-batch are rejected is then unknown until the last of
 them, and veRL divides by a count that has them all. So rejection, and normalization over a batch,
 are served where one micro-batch on one rank is the mini-batch, and else refused by name.
-veRL's v1 trainer does not hand the settings over: with `loss_mode=bypass_mode` say also
-`+actor_rollout_ref.actor.policy_loss.rollout_correction=${algorithm.rollout_correction}`.
+veRL's v1 trainer does not hand the settings over: with `loss_mode=bypass_mode` say also, in single
+quotes, for the shell must not take the `$`,
+`'+actor_rollout_ref.actor.policy_loss.rollout_correction=${algorithm.rollout_correction}'`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,15 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from fp8rl.correction import BatchNormalize, Counts, LossConfig, LossOutput, correct, policy_loss
+from fp8rl.correction import (
+    BatchNormalize,
+    Correction,
+    Counts,
+    LossConfig,
+    LossOutput,
+    correct,
+    policy_loss,
+)
 from fp8rl.correction.stages import Rejection
 from fp8rl.integrations.verl.correction import stages_of
 from fp8rl.integrations.verl.plugin import missing, refusing
@@ -43,6 +52,7 @@ CORRECTION_KEYS: Final = (
     "rollout_rs",
     "rollout_rs_threshold",
 )
+CORRELATION: Final = "training/rollout_actor_probs_pearson_corr"
 _CONFIG: TypeAdapter[LossConfig] = TypeAdapter(LossConfig)
 
 Result = tuple[Tensor, dict[str, float]]
@@ -56,10 +66,15 @@ def loss_config(kind: str, loss_agg_mode: str, actor: Any) -> LossConfig:
     """Our loss's settings from veRL's actor config.
 
     Raises:
-        ValueError: an aggregation that fp8rl has not (token-sum), clip bounds that exclude each
+        ValueError: token-sum, an aggregation that fp8rl has not, clip bounds that exclude each
             other, or `seq-mean-token-sum-norm` without `loss_scale_factor`: the width of a batch,
             which veRL would take, changes with its padding.
     """
+    if loss_agg_mode == "token-sum":
+        raise ValueError(
+            "actor.loss_agg_mode is token-sum, a sum that grows with the batch, which fp8rl's "
+            "losses have not; use token-mean, or seq-mean-token-sum-norm, which has a constant"
+        )
     settings: dict[str, Any] = {"kind": kind, "aggregation": loss_agg_mode}
     if loss_agg_mode == "seq-mean-token-sum-norm":
         settings["max_tokens"] = actor.loss_scale_factor
@@ -169,7 +184,7 @@ def bypass_loss(
         found.weights if loss_type == "reinforce" else None,
         {} if whole else config.global_batch_info,
     )
-    return loss, metrics | (found.metrics() if response_mask.any() else {})
+    return loss, metrics | _measured(found)
 
 
 class _Named:
@@ -222,10 +237,26 @@ def _given(given: Mapping[str, Any], key: str, here: Tensor) -> Tensor | float:
 
 
 def _own_means(out: LossOutput, counts: Counts) -> dict[str, float]:
-    """Metrics as means over the tokens here, which is how veRL takes their average."""
-    tokens = float(out.counts.tokens)
-    share = float(counts.tokens) / tokens if tokens else 0.0
-    return {
-        name: float(value) * (1.0 if name.endswith("_max") else share)
-        for name, value in out.metrics.items()
-    }
+    """Metrics as means over the tokens here, of which veRL takes the mean; so no maxima."""
+    named = {name: value for name, value in out.metrics.items() if not name.endswith("_max")}
+    device = out.loss.device
+    numbers = [out.counts.tokens, counts.tokens, *named.values()]
+    together = torch.stack([torch.as_tensor(n, device=device).double() for n in numbers])
+    own, total, *values = together.tolist()
+    share = total / own if own else 0.0
+    return {name: value * share for name, value in zip(named, values, strict=True)}
+
+
+def _measured(found: Correction) -> dict[str, float]:
+    """The correction's metrics, the same names whatever the micro-batch holds.
+
+    veRL refuses to average over ranks what not every micro-batch of each has. So one without
+    tokens counts as a token of equal policies; the correlation, which one token has not, is left
+    out.
+    """
+    if not found.statistics.sum("tokens"):
+        same = torch.zeros(1, 1, device=found.kept.device)
+        found = correct(found.stages, same, same, torch.ones_like(same, dtype=torch.bool))
+    metrics = found.metrics()
+    metrics.pop(CORRELATION, None)
+    return metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ import torch.multiprocessing as mp
 from tensordict import TensorDict
 from torch import Tensor
 from verl.utils import tensordict_utils as tu
+from verl.workers.config import PolicyLossConfig
 from verl.workers.engine.base import BaseEngine
+from verl.workers.utils.losses import ppo_loss
 
-from tests.integrations.verl.own import batch
+from tests.integrations.verl.own import actor, batch
 
 
 class Recorder(BaseEngine):
@@ -39,6 +42,19 @@ class Recorder(BaseEngine):
             dist.all_reduce(tokens, group=self._group)
         sequences = tu.get_non_tensor_data(data, "global_batch_size", None)
         return {"tokens": int(tokens), "sequences": sequences}
+
+
+class LossOf(Recorder):
+    """An engine whose loss is that of one micro-batch with this output of a model."""
+
+    def __init__(self, output: dict[str, Tensor]) -> None:
+        super().__init__()
+        self._output = output
+
+    def forward_backward_batch(self, data: Any, loss_function: Any, forward_only: bool) -> Any:
+        tokens = int(data["loss_mask"].sum())
+        tu.assign_non_tensor(data, batch_num_tokens=tokens, dp_size=1)
+        return loss_function(model_output=self._output, data=data)
 
 
 def mini_batch(before: Tensor, after: Tensor, nested: bool, sequences: int | None) -> TensorDict:
@@ -87,10 +103,40 @@ def test_what_veRL_does_not_count_is_left_alone() -> None:
     assert Recorder().train_batch(sft, None)["tokens"] == int(before.sum())
 
 
-def test_a_batch_that_is_rejected_whole_divides_by_no_zero() -> None:
+def test_a_batch_that_is_rejected_whole_keeps_what_it_had() -> None:
     before, _ = masks()
     data = mini_batch(before, torch.zeros_like(before), False, sequences=len(before))
-    assert Recorder().train_batch(data, None) == {"tokens": 0, "sequences": 1}
+    expected = {"tokens": int(before.sum()), "sequences": len(before)}
+    assert Recorder().train_batch(data, None) == expected
+
+
+@pytest.mark.parametrize("loss_mode", ["vanilla", "fp8rl_ppo_clip"])
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])
+def test_loss_entropy_and_kl_of_a_batch_that_is_rejected_whole_are_zero(
+    loss_mode: str, aggregation: str
+) -> None:
+    old, ref, before = batch()
+    rows, tokens = before.shape
+    data = mini_batch(before, torch.zeros_like(before), False, sequences=rows)
+    data.update({
+        "prompts": torch.ones(rows, 1, dtype=torch.long),
+        "responses": torch.ones(rows, tokens, dtype=torch.long),
+        "attention_mask": torch.ones(rows, 1 + tokens, dtype=torch.long),
+        "old_log_probs": old,
+        "ref_log_prob": ref,
+        "advantages": torch.ones(rows, tokens),
+    })  # fmt: skip
+    config = actor(
+        policy_loss=PolicyLossConfig(loss_mode=loss_mode),
+        loss_agg_mode=aggregation, use_kl_loss=True, entropy_coeff=0.1,
+    )  # fmt: skip
+    packed = torch.cat([old, torch.zeros(rows, 1)], dim=1).flatten()
+    output = {"log_probs": packed, "entropy": -packed}
+    loss, metrics = LossOf(output).train_batch(data, functools.partial(ppo_loss, config))
+    assert float(loss) == 0
+    found = {name: metric.aggregate() for name, metric in metrics.items() if name != "kl_coef"}
+    assert set(found) >= {"actor/pg_loss", "actor/entropy_loss", "kl_loss"}
+    assert set(found.values()) == {0.0}
 
 
 def one_rank(rank: int, address: str, queue: Any) -> None:

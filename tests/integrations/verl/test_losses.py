@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from tensordict import NonTensorData, TensorDict
 from torch import Tensor
 from verl.trainer.ppo import core_algos, rollout_corr_helper
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
+from verl.utils.metric import AggregationType, Metric
 from verl.workers.config import PolicyLossConfig
 from verl.workers.utils.losses import ppo_loss
 
@@ -84,7 +86,8 @@ def test_loss_and_gradient_are_ours(name: str, config: Any) -> None:
     out = policy_loss(config, log_prob, data["old_log_prob"], data["advantages"], weights, kept)
     out.loss.backward()
     torch.testing.assert_close(found[:2], (out.loss.detach(), log_prob.grad))
-    assert found[2] == {key: pytest.approx(float(value)) for key, value in out.metrics.items()}
+    expected = {n: float(value) for n, value in out.metrics.items() if not n.endswith("_max")}
+    assert found[2] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("aggregation", [*AGGREGATIONS, "seq-mean-token-sum-norm"])
@@ -208,6 +211,34 @@ def test_bypass_takes_a_micro_batch_of_padding() -> None:
     assert loss == 0 and not gradient.any()
 
 
+@pytest.mark.parametrize("tokens", [0, 1, None], ids=["padding", "one token", "whole"])
+@pytest.mark.parametrize("loss_type", ["ppo_clip", "reinforce"])
+def test_metrics_of_bypass_aggregate_over_ranks_whatever_their_micro_batches_hold(
+    loss_type: str, tokens: int | None
+) -> None:
+    """As veRL's engine does: a list of each rank's micro-batches by name, then over ranks."""
+    config = bypass_actor(rollout_is="token", loss_type=loss_type)
+    config.global_batch_info.update(dp_size=2, batch_num_tokens=90, global_batch_size=24)
+    ranks: list[dict[str, Metric]] = [{}, {}]
+    for place in range(4):
+        data = tensors(place)
+        if place == 3 and tokens is not None:
+            mask = torch.zeros_like(data["response_mask"])
+            mask.flatten()[:tokens] = True
+            data["response_mask"] = mask
+        found = called("bypass_mode", config, "token-mean", **data)[2]
+        for name, metric in Metric.from_dict(found, AggregationType.MEAN).items():
+            ranks[place // 2].setdefault(name, metric.init_list()).append(metric)
+    assert set(ranks[0]) == set(ranks[1]) >= {"rollout_corr/kl", "rollout_corr/rollout_is_mean"}
+    for name in ranks[0]:
+        assert math.isfinite(Metric.aggregate_dp([rank[name] for rank in ranks])), name
+
+
+def test_what_veRL_averages_is_no_maximum() -> None:
+    found = called("fp8rl_ppo_clip", actor(), "token-mean", **tensors())[2]
+    assert "policy/ratio_mean" in found and not [n for n in found if n.endswith("_max")]
+
+
 @pytest.mark.parametrize("given", [{"dp_size": 2}, {"batch_num_tokens": 1000}])
 @pytest.mark.parametrize(
     "correction", [EVERYTHING, {"rollout_is": "token", "rollout_is_batch_normalize": True}]
@@ -223,7 +254,10 @@ def test_bypass_refuses_what_it_cannot_count(
 
 @pytest.mark.parametrize(
     ("aggregation", "told"),
-    [("token-sum", "aggregation"), ("seq-mean-token-sum-norm", "actor.loss_scale_factor")],
+    [
+        ("token-sum", "actor.loss_agg_mode is token-sum"),
+        ("seq-mean-token-sum-norm", "actor.loss_scale_factor"),
+    ],
 )
 def test_aggregations_that_are_not_ours_are_refused(aggregation: str, told: str) -> None:
     with pytest.raises(ValueError, match=told):
