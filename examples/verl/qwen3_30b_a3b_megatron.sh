@@ -34,8 +34,11 @@ LOSS_ARGS=(
     actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean
 )
 
+# token-level TIS: the ratio of a whole sequence is a product, which vanishes with its length. At
+# 16,384 tokens and a KL of 1e-3 each, as of weights that are some steps old, half of the sequences
+# would weigh less than 1e-6. Rejection bounds the mean over a sequence, which does not
 CORRECTION_ARGS=(
-    algorithm.rollout_correction.rollout_is=sequence
+    algorithm.rollout_correction.rollout_is=token
     algorithm.rollout_correction.rollout_is_threshold=2.0
     algorithm.rollout_correction.rollout_rs=seq_mean_k1
     algorithm.rollout_correction.rollout_rs_threshold=0.99_1.01

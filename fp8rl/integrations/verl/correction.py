@@ -5,14 +5,25 @@
     rollout_rs="seq_mean_k1,token_k3", "0.999_1.001,2"     Reject(...), Reject(...)
     rollout_is_batch_normalize=true                        BatchNormalize(level=rollout_is)
 
-Weights, kept tokens and metrics equal veRL's 0.9.1 but for this:
+Weights and kept tokens equal veRL's 0.9.1 but for this:
 
 * bounds of k1 are bounds on r = p_train / p_rollout; veRL's are on 1 / r. "0.5_2.0" is the same;
 * NaN at a masked position changes nothing; veRL's NaN x 0 makes the weight NaN;
 * the effective sample size is at most 1, and k3 finite: log-ratios are clamped before `exp`;
 * weights, and the mean that `rollout_is_batch_normalize` divides by, are those of kept tokens:
   rejected ones have weight 0, and statistics of weights (`rollout_is_*`) leave them out;
-* an unmasked log-prob that is NaN, infinite or positive is an error.
+* an unmasked log-prob that is NaN, infinite or positive is an error;
+* a plain threshold of a ratio that is below 1 is an error: Hydra reads 0.5_5 as the number 0.55.
+
+Metrics of veRL's names equal veRL's, but these, which are of the weights as the loss takes them:
+
+    rollout_is_mean, _std, _max, _min      after normalization; veRL's are before it. At sequence
+                                           level veRL's max and min are of raw ratios
+    rollout_is_ratio_fraction_high, _low   of tokens; at sequence level veRL's are of sequences
+
+And these of veRL's are missing: rollout_is_seq_*, rollout_is_oob_ratio,
+rollout_is_batch_norm_factor, and of each criterion its own distribution
+(rollout_rs_<name>_{mean,std,max,min,fraction_*,seq_*}; its masked fractions are there).
 
 What rejection leaves of a batch is also what the loss divides by: `denominators.py`.
 """
@@ -26,6 +37,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from fp8rl.correction import TIS, BatchNormalize, IcePop, Reject, Stage, correct
+from fp8rl.correction.stages import LARGEST_BOUND, SMALLEST_BOUND
 from fp8rl.integrations.verl.plugin import missing
 
 logger = logging.getLogger(__name__)
@@ -126,6 +138,8 @@ def install(helper: ModuleType) -> None:
 
 def _rejections(criteria: str, threshold: str | float | None) -> list[Stage]:
     names = list(dict.fromkeys(name.strip() for name in criteria.split(",") if name.strip()))
+    if not names:
+        raise ValueError(f"rollout_rs={criteria!r} names no criterion; leave it null for none")
     for name in names:
         if name not in CRITERIA:
             raise ValueError(f"rollout_rs: {name!r} is not one of {', '.join(CRITERIA)}")
@@ -146,7 +160,7 @@ def _rejection(name: str, threshold: str) -> Stage:
     given, _, found = name.rpartition("_")
     level: Any = given
     divergence: Any = found
-    low, high = _bounds(f"rollout_rs_threshold of {name}", threshold)
+    low, high = _bounds(f"rollout_rs_threshold of {name}", threshold, of_ratio=divergence == "k1")
     if divergence == "k1":
         return Reject(divergence="k1", level=level, low=1 / high if low is None else low, high=high)
     if low is not None:
@@ -156,14 +170,30 @@ def _rejection(name: str, threshold: str) -> Stage:
     return Reject(divergence=divergence, level=level, high=high)
 
 
-def _bounds(key: str, threshold: str | float | None) -> tuple[float | None, float]:
+def _bounds(
+    key: str, threshold: str | float | None, *, of_ratio: bool = True
+) -> tuple[float | None, float]:
     """Lower and upper bound from 2.0, "2.0" or "0.5_2.0"; positive, and in that order."""
     texts = str(threshold).strip().split("_")
     try:
         numbers = [float(text) for text in texts]
     except ValueError:
         numbers = []
-    if not 1 <= len(numbers) <= 2 or isinstance(threshold, bool) or min(numbers) <= 0:
-        raise ValueError(f"{key}: {threshold!r}; expected a positive number, or lower_upper")
-    low, high = (None, numbers[0]) if len(numbers) == 1 else numbers
+    usable = all(SMALLEST_BOUND <= number <= LARGEST_BOUND for number in numbers)
+    if not 1 <= len(numbers) <= 2 or isinstance(threshold, bool) or not usable:
+        raise ValueError(
+            f"{key}: {threshold!r}; expected a positive number, or lower_upper, from "
+            f"{SMALLEST_BOUND:g} to {LARGEST_BOUND:g}"
+        )
+    if len(numbers) == 1:
+        if of_ratio and numbers[0] < 1:
+            raise ValueError(
+                f"{key}: {threshold!r} is an upper bound below 1, the ratio of equal policies; if "
+                "two bounds were meant, write both with a point, as 0.5_5.0: Hydra reads 0.5_5 as "
+                "the number 0.55"
+            )
+        return None, numbers[0]
+    low, high = numbers
+    if low >= high:
+        raise ValueError(f"{key}: {threshold!r}; the first is the lower bound, and must be below")
     return low, high

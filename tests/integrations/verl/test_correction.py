@@ -74,6 +74,73 @@ def test_metrics_are_veRLs() -> None:
         assert metrics[name] == pytest.approx(own[name], rel=1e-4, abs=1e-6), name
 
 
+WEIGHTS_OF_SEQUENCES = {
+    f"rollout_is_seq_{name}"
+    for name in ("mean", "std", "max", "min", "max_deviation", "fraction_high", "fraction_low")
+}
+OF_A_CRITERION = (
+    "mean", "max", "min", "std", "fraction_high", "fraction_low", "seq_mean", "seq_std",
+    "seq_max", "seq_min", "seq_max_deviation", "seq_fraction_high",
+)  # fmt: skip
+
+
+def only_veRLs(
+    rollout_is: str | None = None,
+    rollout_is_threshold: object = 2.0,
+    rollout_is_batch_normalize: bool = False,
+    rollout_rs: str = "",
+    **_: object,
+) -> set[str]:
+    """The metrics that are said to be missing."""
+    names: set[str] = set()
+    if rollout_is is not None:
+        names |= WEIGHTS_OF_SEQUENCES
+        if "_" in str(rollout_is_threshold):
+            names.add("rollout_is_oob_ratio")
+        if rollout_is_batch_normalize:
+            names.add("rollout_is_batch_norm_factor")
+    for criterion in filter(None, (text.strip() for text in rollout_rs.split(","))):
+        names |= {f"rollout_rs_{criterion}_{name}" for name in OF_A_CRITERION}
+        if criterion.endswith("k1"):
+            names.add(f"rollout_rs_{criterion}_seq_fraction_low")
+    return {f"rollout_corr/{name}" for name in names}
+
+
+@pytest.mark.parametrize("keys", SETTINGS, ids=str)
+def test_of_veRLs_metrics_none_is_missing_but_those_that_are_said_to_be(
+    keys: dict[str, object],
+) -> None:
+    train, rollout, mask = batch()
+    ours, own = (found(train, rollout, mask, **keys)[2] for found in (rollout_correction, OWN))
+    assert set(own) - set(ours) == only_veRLs(**keys)
+
+
+@pytest.mark.parametrize(
+    ("level", "normalize", "apart"),
+    [
+        ("token", False, ""),
+        ("token", True, "mean max min std"),
+        ("sequence", False, "ratio_fraction_high ratio_fraction_low max"),
+        ("sequence", True, "ratio_fraction_high ratio_fraction_low mean max min std"),
+    ],
+)
+def test_metrics_of_the_same_name_are_the_same_but_those_that_are_said_not_to_be(
+    level: str, normalize: bool, apart: str
+) -> None:
+    said = {f"rollout_corr/rollout_is_{name}" for name in apart.split()}
+    found: set[str] = set()
+    for seed in range(8):
+        train, rollout, mask = batch(seed)
+        ours = rollout_correction(train, rollout, mask, level, 1.2, normalize)[2]
+        own = OWN(train, rollout, mask, level, 1.2, normalize)[2]
+        found |= {
+            name
+            for name in set(ours) & set(own)
+            if ours[name] != pytest.approx(own[name], rel=1e-3, abs=1e-5)
+        }
+    assert found == said
+
+
 def test_bounds_of_k1_are_of_the_ratio_where_veRLs_are_of_its_reciprocal() -> None:
     rollout, mask = torch.full((1, 2), -3.0), torch.ones(1, 2, dtype=torch.long)
     train = rollout + torch.tensor([[math.log(1.5), math.log(0.7)]])
@@ -156,6 +223,10 @@ def test_what_each_setting_stands_for() -> None:
     )
     assert stages_of("token", 3, True)[-1] == BatchNormalize(level="token")
     assert stages_of("token", None) == ()
+    # of k2 and k3 a threshold is no ratio
+    assert stages_of(None, 2.0, False, "seq_mean_k3", 0.01) == (
+        Reject(divergence="k3", level="seq_mean", high=0.01),
+    )
 
 
 @pytest.mark.parametrize(
@@ -165,7 +236,21 @@ def test_what_each_setting_stands_for() -> None:
         ({"rollout_is": "token", "rollout_is_threshold": "a"}, "rollout_is_threshold: 'a'"),
         ({"rollout_is": "token", "rollout_is_threshold": True}, "rollout_is_threshold: True"),
         ({"rollout_is": "token", "rollout_is_threshold": -1}, "expected a positive number"),
-        ({"rollout_is": "token", "rollout_is_threshold": "2_1"}, "low must be below high"),
+        (
+            {"rollout_is": "token", "rollout_is_threshold": "2_1"},
+            "rollout_is_threshold: '2_1'; the",
+        ),
+        ({"rollout_is": "token", "rollout_is_threshold": "nan"}, "rollout_is_threshold: 'nan'"),
+        ({"rollout_is": "token", "rollout_is_threshold": "inf"}, "rollout_is_threshold: 'inf'"),
+        ({"rollout_is": "token", "rollout_is_threshold": 0.55}, "with a point, as 0.5_5.0"),
+        ({"rollout_rs": "token_k1", "rollout_rs_threshold": 0.55}, "with a point, as 0.5_5.0"),
+        (
+            {"rollout_rs": "token_k1", "rollout_rs_threshold": "2.0_0.5"},
+            "rollout_rs_threshold of token_k1: '2.0_0.5'; the",
+        ),
+        ({"rollout_rs": "token_k2", "rollout_rs_threshold": "nan"}, "threshold of token_k2: 'nan'"),
+        ({"rollout_rs": "", "rollout_rs_threshold": 1.2}, "rollout_rs='' names no criterion"),
+        ({"rollout_rs": " , ", "rollout_rs_threshold": 1.2}, "names no criterion"),
         ({"rollout_rs": "seq_max_k1", "rollout_rs_threshold": 1}, "'seq_max_k1' is not one of"),
         ({"rollout_rs": "token_k2"}, "needs rollout_rs_threshold"),
         ({"rollout_rs": "token_k2", "rollout_rs_threshold": "1_2"}, "an upper bound only"),

@@ -15,7 +15,7 @@ from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 
-from fp8rl.correction import PPOClip
+from fp8rl.correction import IcePop, PPOClip
 from fp8rl.integrations.verl.correction import stages_of
 from fp8rl.integrations.verl.losses import CORRECTION_KEYS, loss_config
 from fp8rl.integrations.verl.settings import SyncSettings, check_rollout
@@ -77,7 +77,21 @@ def test_loss_and_correction_are_ours(config: Any) -> None:
     keys = config.algorithm.rollout_correction
     stages = stages_of(**{key: keys[key] for key in CORRECTION_KEYS})
     assert [stage.kind for stage in stages] == ["tis", "reject"]
+    assert stages[0].level == "token"  # sequence weights of thousands of tokens vanish
     assert config.actor_rollout_ref.rollout.calculate_log_probs
+
+
+@pytest.mark.parametrize("threshold", ["0.5_5", "0.5_5.0"])
+def test_bounds_that_hydra_reads_as_one_number_are_refused(tmp_path: Path, threshold: str) -> None:
+    key = "algorithm.rollout_correction.rollout_is_threshold"
+    config = composed([*arguments(RECIPES[1], tmp_path), f"{key}={threshold}"])
+    found = config.algorithm.rollout_correction.rollout_is_threshold
+    if threshold == "0.5_5.0":
+        assert stages_of("token", found) == (IcePop(level="token", low=0.5, high=5.0),)
+        return
+    assert found == 0.55
+    with pytest.raises(ValueError, match="with a point"):
+        stages_of("token", found)
 
 
 def test_the_asynchronous_trainer_accepts_its_batches(tmp_path: Path) -> None:
