@@ -13,7 +13,7 @@ import importlib
 from types import ModuleType
 from typing import Any
 
-from fp8rl.integrations.verl.plugin import HERE, missing
+from fp8rl.integrations.verl.places import HERE, missing
 from fp8rl.integrations.verl.settings import BACKEND, check_rollout
 
 _others: dict[str, str] = {}  # rollout -> path of veRL's adapter

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
-from fp8rl.integrations.verl.plugin import missing
+from fp8rl.integrations.verl.places import missing
 from fp8rl.integrations.verl.settings import BACKEND, SyncSettings, check_bucket
 from fp8rl.integrations.verl.wire import Sender, manifest_message, stage_message
 from fp8rl.sync import TransportError, UpdateRefusedError

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from fp8rl.correction import TIS, BatchNormalize, IcePop, Reject, Stage, correct
 from fp8rl.correction.stages import LARGEST_BOUND, SMALLEST_BOUND
-from fp8rl.integrations.verl.plugin import missing
+from fp8rl.integrations.verl.places import missing
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fp8rl.integrations.verl.plugin import missing
+from fp8rl.integrations.verl.places import missing
 
 
 def count_what_is_left(data: Any, group: dist.ProcessGroup | None) -> None:

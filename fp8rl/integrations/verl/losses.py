@@ -41,7 +41,7 @@ from fp8rl.correction import (
 )
 from fp8rl.correction.stages import Rejection
 from fp8rl.integrations.verl.correction import stages_of
-from fp8rl.integrations.verl.plugin import missing, refusing
+from fp8rl.integrations.verl.places import missing, refusing
 
 KINDS: Final = ("ppo_clip", "gspo", "cispo", "reinforce")
 BYPASS: Final = "bypass_mode"

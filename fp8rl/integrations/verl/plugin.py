@@ -23,14 +23,13 @@ import importlib.abc
 import importlib.machinery
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Final
 
-logger = logging.getLogger(__name__)
+from fp8rl.integrations.verl.places import HERE, KNOWN_VERSIONS, version
 
-KNOWN_VERSIONS: Final = ("0.9.1",)
-HERE: Final = "fp8rl.integrations.verl"
+logger = logging.getLogger(__name__)
 
 # veRL's module -> ours, whose `install(module)` mends it
 HOOKS: Final = {
@@ -40,29 +39,6 @@ HOOKS: Final = {
     "verl.checkpoint_engine.base": f"{HERE}.checkpoint_engine",
     "verl.workers.rollout.base": f"{HERE}.adapters",
 }
-
-
-class VeRLVersionError(RuntimeError):
-    """This veRL lacks a place that fp8rl needs; names the place and the versions."""
-
-
-def missing(place: str) -> VeRLVersionError:
-    """Log as an error that a place is missing, and return the error for whoever needs it."""
-    error = VeRLVersionError(
-        f"veRL {_version()} has no {place}, through which fp8rl works; known to have it: "
-        f"{', '.join(KNOWN_VERSIONS)}. Install one of these, or set VERL_USE_EXTERNAL_PLUGINS=none"
-    )
-    logger.error("%s", error)
-    return error
-
-
-def refusing(error: VeRLVersionError) -> Callable[..., object]:
-    """Return a function that raises `error` when it is called, with anything."""
-
-    def refuse(*_: object, **__: object) -> object:
-        raise error
-
-    return refuse
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
@@ -98,11 +74,6 @@ class _Loader(importlib.abc.Loader):
         _mend(module)
 
 
-def _version() -> str:
-    """veRL's, which it knows before it loads plugins."""
-    return str(getattr(sys.modules.get("verl"), "__version__", "unknown"))
-
-
 def _mend(module: ModuleType) -> None:
     importlib.import_module(HOOKS[module.__name__]).install(module)
 
@@ -112,9 +83,9 @@ def install() -> None:
     if any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         return
     sys.meta_path.insert(0, _AfterImport())
-    if _version() not in KNOWN_VERSIONS:
+    if version() not in KNOWN_VERSIONS:
         logger.warning(
-            "fp8rl is tested with veRL %s, this is %s", ", ".join(KNOWN_VERSIONS), _version()
+            "fp8rl is tested with veRL %s, this is %s", ", ".join(KNOWN_VERSIONS), version()
         )
     for name in HOOKS:
         if name in sys.modules:

@@ -84,6 +84,17 @@ def test_none_leaves_veRL_as_it_is() -> None:
     )
 
 
+def test_none_leaves_veRL_as_it_is_whatever_of_ours_is_imported() -> None:
+    ran(
+        "import verl.trainer.ppo.core_algos as algos\n"
+        "from fp8rl.integrations.verl import (\n"
+        "    adapters, checkpoint_engine, correction, denominators, losses, settings, wire)\n"
+        "assert 'fp8rl.integrations.verl.plugin' not in sys.modules\n"
+        "assert not [name for name in algos.POLICY_LOSS_REGISTRY if 'fp8rl' in name]\n",
+        VERL_USE_EXTERNAL_PLUGINS="none",
+    )
+
+
 @pytest.mark.parametrize(
     ("module", "place", "told"),
     [
@@ -112,11 +123,11 @@ def test_a_veRL_without_a_place_is_an_error_in_the_log(module: str, place: str, 
 def test_a_bypass_mode_that_veRL_has_not_refuses_by_name() -> None:
     ran(
         "import types, pytest, verl\n"
-        "from fp8rl.integrations.verl import losses, plugin\n"
+        "from fp8rl.integrations.verl import losses, places\n"
         "algos = types.ModuleType('verl.trainer.ppo.core_algos')\n"
         "algos.POLICY_LOSS_REGISTRY = {}\n"
         "losses.install(algos)\n"
-        "with pytest.raises(plugin.VeRLVersionError, match='bypass_mode.*0.9.1'):\n"
+        "with pytest.raises(places.VeRLVersionError, match='bypass_mode.*0.9.1'):\n"
         "    algos.POLICY_LOSS_REGISTRY['bypass_mode'](old_log_prob=None)\n"
     )
 
