@@ -1,1 +1,4 @@
-"""fp8rl inside other trainers: veRL (`verl/`) and TRL (`trl.py`). Nothing else imports these."""
+"""fp8rl inside other trainers: veRL (`verl/`), TRL (`trl.py`) and slime (`slime.py`).
+
+Nothing else imports these.
+"""

@@ -15,6 +15,7 @@ stages that need the mean of a whole batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def tis_function(stages: Sequence[Stage]) -> Callable[..., Result]:
         Raises:
             ShapeError: samples are cut over ranks, or the lists do not fit together.
         """
-        lengths = torch.tensor([len(mask) for mask in loss_masks], device=pg_loss.device)
+        lengths = [len(mask) for mask in loss_masks]
         packed = [torch.cat(each) for each in (train_log_probs, rollout_log_probs, loss_masks)]
         train, rollout, mask = packed
         if not len(train) == len(rollout) == len(mask) == len(pg_loss):
@@ -57,10 +58,11 @@ def tis_function(stages: Sequence[Stage]) -> Callable[..., Result]:
                 f"{len(mask)}; with context parallelism a rank has parts of samples only, which "
                 "cannot be corrected"
             )
-        bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        bounds = torch.tensor([0, *accumulate(lengths)], device=pg_loss.device)
         found = correct(stages, train, rollout, mask.bool(), cu_seqlens=bounds)
-        kept = torch.split(found.kept.to(mask.dtype), lengths.tolist())
+        kept = torch.split(found.kept.to(mask.dtype), lengths)
         logged = {"fp8rl_weights": found.weights, "fp8rl_kept": found.kept.float()}
-        return pg_loss * found.weights, list(kept), logged
+        # a NaN where nothing is kept would outlive its weight of 0
+        return pg_loss.masked_fill(~found.kept, 0) * found.weights, list(kept), logged
 
     return tis

@@ -49,6 +49,15 @@ def test_each_sample_is_corrected_as_if_it_were_alone() -> None:
     assert loss.requires_grad
 
 
+def test_a_loss_that_is_nan_where_nothing_is_kept_stays_out() -> None:
+    given = samples()
+    clean, masks, _ = tis_function(STAGES)(object(), **given)
+    left = torch.cat(masks).bool()
+    given["pg_loss"] = given["pg_loss"].detach().masked_fill(~left, torch.nan)
+    loss = tis_function(STAGES)(object(), **given)[0]
+    assert torch.equal(loss, clean)
+
+
 def test_parts_of_samples_are_refused() -> None:
     given = samples() | {"pg_loss": torch.zeros(6)}
     with pytest.raises(ShapeError, match="context parallelism"):

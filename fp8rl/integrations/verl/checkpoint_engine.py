@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -171,6 +172,7 @@ class FP8Transfer:
             return {}
         assert self._sender is not None and self._outbox is not None and self._calls is not None
         self._outbox.begin(self._sender.payload_nbytes, self._calls.say)
+        sent = False
         try:
             for piece in self._sender.pieces(weights, global_steps):
                 if isinstance(piece, Manifest):
@@ -178,10 +180,12 @@ class FP8Transfer:
                     self._calls.say({"manifest": piece.model_dump(mode="json")})
                 else:
                     self._outbox.write(piece)
-        except (ValueError, RuntimeError) as error:
-            self._outbox.abandon()
-            self._calls.say({"abandon": f"{type(error).__name__}: {error}"})
-            raise
+            sent = True
+        finally:
+            if not sent:  # whatever veRL's generator raised, the workers wait for a word
+                error = sys.exception()
+                self._outbox.abandon()
+                self._calls.say({"abandon": f"{type(error).__name__}: {error}"})
         return {"checkpoint_engine/payload_mbytes": self._sender.payload_nbytes / 2**20}
 
     async def receive_weights(

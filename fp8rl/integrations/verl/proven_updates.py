@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final
 
 from jaxtyping import UInt8
 from torch import Tensor
@@ -24,6 +24,9 @@ from fp8rl.sync.manifest import Manifest, parse_manifest
 from fp8rl.sync.staging import Staging
 from fp8rl.sync.transaction import Transaction, UpdateReport
 from fp8rl.sync.transport import Stage, parse_stage
+
+# what bytes that are not ours, or a fault of ours, may raise while they are taken in
+REFUSALS: Final = (ValueError, RuntimeError, AssertionError, LookupError, TypeError, AttributeError)
 
 
 class Updates:
@@ -56,7 +59,7 @@ class Updates:
                 return
             try:
                 self._take(name, data)
-            except (ValueError, RuntimeError) as error:
+            except REFUSALS as error:
                 self._refusal = error
 
     def finish(self) -> None:

@@ -160,11 +160,14 @@ class Worker:
     def execute(self, method: str, **kwargs: Any) -> Any:
         return getattr(self.engine, method)(**kwargs)
 
-    async def send(self, seed: int, step: int, nan: bool) -> Any:
+    async def send(self, seed: int, step: int, trouble: str | None = None) -> Any:
         def weights() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in helpers.weights(seed).items():
-                if nan and name == "model.layers.1.mlp.down_proj.weight":
-                    tensor[0, 0] = torch.nan
+                if name == "model.layers.1.mlp.down_proj.weight":
+                    if trouble == "KeyError":
+                        raise KeyError(name)
+                    if trouble is not None:
+                        tensor[0, 0] = torch.nan
                 yield name, tensor
 
         return await self.engine.send_weights(weights(), global_steps=step)
@@ -206,7 +209,7 @@ def test_every_rollout_worker_gets_the_version_that_rank_0_quantized(
     groups: tuple[Group, Group], manager: CheckpointEngineManager, seed: int, step: int
 ) -> None:
     trainers, rollouts = groups
-    sent = [worker.send.remote(seed, step, False) for worker in trainers.workers]
+    sent = [worker.send.remote(seed, step) for worker in trainers.workers]
     received = [worker.receive.remote(step) for worker in rollouts.workers]
     for version, tensors in ray.get(received):
         assert version == step
@@ -216,18 +219,18 @@ def test_every_rollout_worker_gets_the_version_that_rank_0_quantized(
     assert metrics["checkpoint_engine/payload_mbytes"] < 0.6 * bf16 and left_out == {}
 
 
-def test_a_nan_reaches_nobody_and_everybody_is_told(
-    groups: tuple[Group, Group], manager: CheckpointEngineManager
+@pytest.mark.parametrize("trouble", ["NonFiniteWeightError", "KeyError"])
+def test_an_update_that_fails_on_rank_0_reaches_nobody_and_everybody_is_told(
+    groups: tuple[Group, Group], manager: CheckpointEngineManager, trouble: str
 ) -> None:
+    """Also where veRL's own generator fails, whatever it raises."""
     trainers, rollouts = groups
-    sent = [worker.send.remote(3, 12, True) for worker in trainers.workers]
+    sent = [worker.send.remote(3, 12, trouble) for worker in trainers.workers]
     received = [worker.receive.remote(12) for worker in rollouts.workers]
-    with pytest.raises(ray.exceptions.RayError, match=r"NonFiniteWeightError.*down_proj"):
+    with pytest.raises(ray.exceptions.RayError, match=rf"{trouble}.*down_proj"):
         ray.get(sent[0])
     for answer in received:
-        with pytest.raises(
-            ValueError, match=r"gave the update up: NonFiniteWeightError.*down_proj"
-        ):
+        with pytest.raises(ValueError, match=rf"gave the update up: {trouble}.*down_proj"):
             ray.get(answer)
 
 
