@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import torch
+
 from fp8rl.config import BF16_WEIGHTS, FP8_CACHE, Precision
 from fp8rl.engine_channel import ENGINE_PROCESS, EngineChannel
 from fp8rl.errors import EngineError
@@ -72,6 +74,9 @@ class EngineSettings:
             "tensor_parallel_size": self.tensor_parallel,
             "enforce_eager": True,
             "seed": self.seed,
+            # vLLM 0.32 samples from a part of a prompt too, and turns the request's generator back,
+            # which a CPU's cannot be
+            "enable_chunked_prefill": torch.cuda.is_available(),
         }
 
 

@@ -102,6 +102,15 @@ def test_tickets_are_collected_in_any_order_and_are_what_generate_gives(live: Li
         live.engine.collect(first)
 
 
+def test_more_prompts_than_one_forward_takes_are_sampled_with_their_seeds(live: Live) -> None:
+    """vLLM would cut a prompt, and turn the generator of its request back: a CPU's cannot be."""
+    version = live.publish()
+    prompts = [[2 + (i * k) % 60 for i in range(400)] for k in range(1, 25)]
+    ask = dataclasses.replace(SHORT, max_tokens=2, samples=1)
+    groups = live.engine.generate(prompts, version=version, sampling=ask, seed=5)
+    assert [len(group[0].tokens) for group in groups] == [2] * 24
+
+
 def test_an_update_under_way_holds_a_ticket_between_two_tokens(live: Live) -> None:
     old = live.version
     ticket = live.submit(LONG)
