@@ -26,16 +26,17 @@ def ran(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_import_verl_finds_the_plugin_and_loads_nothing_else_of_ours() -> None:
-    ran(
+    ended = ran(
         "import verl\n"
         "assert 'fp8rl.integrations.verl.plugin' in sys.modules\n"
         "assert not {'fp8rl.correction', 'fp8rl.quant', 'fp8rl.sync'} & set(sys.modules)\n"
         "assert 'verl.trainer.ppo.core_algos' not in sys.modules\n"
     )
+    assert ended.returncode == 0
 
 
 def test_every_place_is_mended_as_veRL_imports_it() -> None:
-    ran(
+    ended = ran(
         "from verl.trainer.ppo.core_algos import get_policy_loss_fn\n"
         "import verl.trainer.ppo.rollout_corr_helper as helper\n"
         "from verl.workers.engine.base import BaseEngine\n"
@@ -50,10 +51,11 @@ def test_every_place_is_mended_as_veRL_imports_it() -> None:
         "assert CheckpointEngineRegistry.get('fp8rl').__name__ == 'FP8CheckpointEngine'\n"
         "assert 'fp8rl' in base._ROLLOUT_REGISTRY['vllm', 'async']\n"
     )
+    assert ended.returncode == 0
 
 
 def test_a_plugin_that_comes_late_mends_what_is_there_and_what_was_bound() -> None:
-    ran(
+    ended = ran(
         "from verl.trainer.ppo.rollout_corr_helper import (\n"
         "    compute_rollout_correction_and_add_to_batch as bound)\n"
         "import verl.trainer.ppo.core_algos as algos\n"
@@ -64,6 +66,7 @@ def test_a_plugin_that_comes_late_mends_what_is_there_and_what_was_bound() -> No
         "assert used.__module__ == 'fp8rl.integrations.verl.correction'\n",
         VERL_USE_EXTERNAL_PLUGINS="none",
     )
+    assert ended.returncode == 0
 
 
 def test_a_veRL_that_is_not_known_is_said_in_the_log() -> None:
@@ -76,16 +79,17 @@ def test_a_veRL_that_is_not_known_is_said_in_the_log() -> None:
 
 
 def test_none_leaves_veRL_as_it_is() -> None:
-    ran(
+    ended = ran(
         "import verl.trainer.ppo.core_algos as algos\n"
         "assert not [name for name in algos.POLICY_LOSS_REGISTRY if 'fp8rl' in name]\n"
         "assert not [name for name in sys.modules if name.startswith('fp8rl')]\n",
         VERL_USE_EXTERNAL_PLUGINS="none",
     )
+    assert ended.returncode == 0
 
 
 def test_none_leaves_veRL_as_it_is_whatever_of_ours_is_imported() -> None:
-    ran(
+    ended = ran(
         "import verl.trainer.ppo.core_algos as algos\n"
         "from fp8rl.integrations.verl import (\n"
         "    adapters, checkpoint_engine, correction, denominators, losses, settings, wire)\n"
@@ -93,6 +97,7 @@ def test_none_leaves_veRL_as_it_is_whatever_of_ours_is_imported() -> None:
         "assert not [name for name in algos.POLICY_LOSS_REGISTRY if 'fp8rl' in name]\n",
         VERL_USE_EXTERNAL_PLUGINS="none",
     )
+    assert ended.returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -121,7 +126,7 @@ def test_a_veRL_without_a_place_is_an_error_in_the_log(module: str, place: str, 
 
 
 def test_a_bypass_mode_that_veRL_has_not_refuses_by_name() -> None:
-    ran(
+    ended = ran(
         "import types, pytest, verl\n"
         "from fp8rl.integrations.verl import losses, places\n"
         "algos = types.ModuleType('verl.trainer.ppo.core_algos')\n"
@@ -130,13 +135,15 @@ def test_a_bypass_mode_that_veRL_has_not_refuses_by_name() -> None:
         "with pytest.raises(places.VeRLVersionError, match='bypass_mode.*0.9.1'):\n"
         "    algos.POLICY_LOSS_REGISTRY['bypass_mode'](old_log_prob=None)\n"
     )
+    assert ended.returncode == 0
 
 
 def test_an_error_in_a_hook_is_that_of_the_import(tmp_path: Path) -> None:
-    ran(
+    ended = ran(
         "import verl, pytest\n"
         "import fp8rl.integrations.verl.plugin as plugin\n"
         "plugin.HOOKS['verl.trainer.ppo.core_algos'] = 'no_such_module'\n"
         "with pytest.raises(ModuleNotFoundError, match='no_such_module'):\n"
         "    import verl.trainer.ppo.core_algos\n"
     )
+    assert ended.returncode == 0

@@ -54,7 +54,7 @@ def test_there_is_one_for_each_trainer() -> None:
 
 def test_veRLs_own_validation_passes(config: Any) -> None:
     validate_config(config, need_reference_policy(config), need_critic(config))
-    omega_conf_to_dataclass(config.algorithm)
+    assert omega_conf_to_dataclass(config.algorithm).rollout_correction is not None
 
 
 def test_the_rollout_takes_our_updates(config: Any) -> None:
