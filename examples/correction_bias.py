@@ -39,7 +39,7 @@ LISTS: dict[str, Sequence[Stage]] = {
         Reject(level="seq_mean", low=0.9, high=1.1),
         TIS(cap=2.0),
     ],
-    "sequences, no cap": [TIS(level="sequence", cap=1e8)],
+    "TIS of sequences, cap 1e8": [TIS(level="sequence", cap=1e8)],
 }
 COLOURS = ["#999999", "#0072B2", "#56B4E9", "#D55E00", "#009E73", "#000000"]
 
