@@ -2,9 +2,9 @@
 
 A part gives sums and extremes over its tokens, and a few numbers for each of its sequences, of
 which `batch_statistics` makes the rest once for all parts. Elementwise work is in the part's own
-dtype, fp32 or wider. Sums of which a variance is made are in fp64, for it is a small difference of
-them; others in the part's dtype, for a part is small and torch adds pairwise. Masked positions
-hold log-probs of 0, so ratios of 1, which are taken out of the sums again.
+dtype, fp32 or wider. Masked positions hold log-probs of 0, so ratios of 1, which are taken out of
+the sums again: these, and sums of which a variance is made, are in fp64, for what is wanted is a
+small difference of them. Others are in the part's dtype; a part is small, and torch adds pairwise.
 """
 
 from __future__ import annotations
@@ -16,11 +16,7 @@ from torch import Tensor
 
 from fp8rl.correction.checks import POSITIVE_TOLERANCE
 from fp8rl.correction.layout import Layout
-from fp8rl.correction.ratios import (
-    bounded_exp,
-    masked,
-    mean_of_tokens,
-)
+from fp8rl.correction.ratios import bounded_exp, masked, mean_of_tokens
 from fp8rl.correction.rejection import TokenLogRatios
 from fp8rl.correction.stages import TIS, Weighting
 from fp8rl.correction.statistics import Statistics
@@ -83,7 +79,7 @@ class PartStatistics:
         """Divergences token by token, of the raw ratios, which are 1 where masked."""
         absolute = lr.value.abs()
         self._maxima["abs_log_ratio"] = absolute.amax()
-        self._sums |= {"k3": lr.k3.sum(), "exp_abs": absolute.exp_().sum()}
+        self._sums |= {"k3": lr.k3.sum(), "exp_abs": absolute.exp_().double().sum()}
         self._moments("ratio", ratio)
 
     def rejected(self, name: str, keeps: Tensor) -> None:

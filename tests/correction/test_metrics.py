@@ -174,6 +174,14 @@ def test_whatever_the_log_probs_every_metric_is_finite_and_within_its_bounds(val
         assert 0 <= got.get("rollout_is_eff_sample_size", 0) <= 1
 
 
+def test_one_token_among_a_hundred_thousand_masked_ones_is_measured_as_if_it_were_alone():
+    rollout, mask = torch.full((1, 131072), -1.0), torch.zeros(1, 131072, dtype=torch.bool)
+    train = rollout + 0.0123
+    mask[0, 77] = True
+    alone = metrics_of([TIS()], train[:, :1], rollout[:, :1], ALL[:, :1])
+    assert metrics_of([TIS()], train, rollout, mask) == pytest.approx(alone, rel=1e-6, abs=1e-9)
+
+
 def test_small_k3_is_not_lost_in_rounding():
     lr = torch.linspace(-1e-4, 1e-4, 10_000, dtype=torch.float64)[None]
     rollout = torch.full_like(lr, -0.1)
