@@ -11,6 +11,7 @@ from rich.table import Table
 
 from fp8rl.bench import correction_ways as ways
 from fp8rl.bench.result import BenchResult
+from fp8rl.bench.tables import ratios_table
 from fp8rl.plots import BLUE, GREY, STYLE, VERMILION
 
 COLOURS = {ways.OURS: BLUE, ways.VERL: VERMILION, ways.TORCH: GREY}
@@ -39,7 +40,7 @@ def print_result(result: BenchResult, console: Console) -> None:
             "verl is not installed here: not measured. `make setup-verl` makes an environment that "
             "has it: .venv-verl/bin/fp8rl bench correction"
         )
-    console.print(_ratios(result))
+    console.print(ratios_table(result, "fp8rl, ratios within a round"))
 
 
 def save_picture(result: BenchResult, path: Path) -> None:
@@ -88,13 +89,3 @@ def _bars(axes: Any, cases: dict[str, list[dict[str, Any]]], value: Any) -> None
 
 def _wrapped(case: str) -> str:
     return case.replace(": ", ":\n").replace(", and", ",\nand")
-
-
-def _ratios(result: BenchResult) -> Table:
-    table = Table(title="fp8rl, ratios within a round", title_justify="left", box=SIMPLE)
-    for heading in ("ratio (more is better)", "median", "min .. max", "goal"):
-        table.add_column(heading, justify="left" if heading.startswith("ratio") else "right")
-    for name, ratio in result.ratios.items():
-        goal = "" if ratio.goal is None else f"{ratio.goal:g}"
-        table.add_row(name, f"{ratio.median:.2f}", f"{ratio.min:.2f} .. {ratio.max:.2f}", goal)
-    return table

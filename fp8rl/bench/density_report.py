@@ -13,6 +13,7 @@ from rich.table import Table
 from fp8rl.bench.density import GOAL
 from fp8rl.bench.density_count import ALL, KINDS
 from fp8rl.bench.result import BenchResult
+from fp8rl.bench.tables import ratios_table
 from fp8rl.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, STYLE, VERMILION
 
 Rows = Sequence[dict[str, Any]]
@@ -43,7 +44,7 @@ def print_result(result: BenchResult, console: Console) -> None:
         "expected: from the updates alone; delta: encoded, % of the BF16 bytes; update: mean "
         "|update| / learning rate"
     )
-    console.print(_ratios(result))
+    console.print(ratios_table(result, "Bytes, step by step"))
 
 
 def save_picture(result: BenchResult, path: Path) -> None:
@@ -91,17 +92,6 @@ def _table(title: str, rows: Rows, name: Any) -> Table:
 
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.3f}"
-
-
-def _ratios(result: BenchResult) -> Table:
-    table = Table(title="Bytes, step by step", title_justify="left", box=SIMPLE)
-    for heading in ("ratio (more is better)", "median", "min .. max", "goal"):
-        table.add_column(heading, justify="left" if heading.startswith("ratio") else "right")
-    for name, ratio in result.ratios.items():
-        goal = "" if ratio.goal is None else f"{ratio.goal:g}"
-        spread = f"{ratio.min:.2f} .. {ratio.max:.2f}"
-        table.add_row(name, f"{ratio.median:.2f}", spread, goal)
-    return table
 
 
 def _settled(rows: Rows) -> dict[float, Rows]:

@@ -12,6 +12,7 @@ from rich.table import Table
 from fp8rl.bench.kv_scales import HOOK_GOAL, STEP_GOAL
 from fp8rl.bench.kv_scales_forward import ALONE, AMAX, PERCENTILE, RATES
 from fp8rl.bench.result import BenchResult
+from fp8rl.bench.tables import ratios_table
 from fp8rl.plots import BLUE, GREY, ORANGE, PHASE_COLOURS, SKY, STYLE, VERMILION
 
 COLOURS = {AMAX: BLUE, PERCENTILE: SKY, RATES: ORANGE}
@@ -30,7 +31,9 @@ def print_result(result: BenchResult, console: Console) -> None:
     for row in result.rows:
         if row["part"] == "step":
             console.print(_steps(row))
-    console.print(_ratios(result))
+    console.print(
+        ratios_table(result, "Without / with, within a round or a step (1 is free)", digits=3)
+    )
 
 
 def save_picture(result: BenchResult, path: Path) -> None:
@@ -82,17 +85,6 @@ def _steps(row: dict[str, Any]) -> Table:
 
 def _time(time: dict[str, float]) -> tuple[str, str]:
     return f"{time['median']:.2f}", f"{time['min']:.2f} .. {time['max']:.2f}"
-
-
-def _ratios(result: BenchResult) -> Table:
-    title = "Without / with, within a round or a step (1 is free)"
-    table = Table(title=title, title_justify="left", box=SIMPLE)
-    for heading in ("ratio (more is better)", "median", "min .. max", "goal"):
-        table.add_column(heading, justify="left" if heading.startswith("ratio") else "right")
-    for name, ratio in result.ratios.items():
-        goal = "" if ratio.goal is None else f"{ratio.goal:g}"
-        table.add_row(name, f"{ratio.median:.3f}", f"{ratio.min:.3f} .. {ratio.max:.3f}", goal)
-    return table
 
 
 def _draw_hook(axes: Any, result: BenchResult, rows: list[dict[str, Any]]) -> None:

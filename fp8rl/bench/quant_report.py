@@ -11,6 +11,7 @@ from rich.table import Table
 
 from fp8rl.bench import quant_ways as ways
 from fp8rl.bench.result import BenchResult
+from fp8rl.bench.tables import ratios_table
 from fp8rl.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, STYLE, VERMILION, YELLOW
 
 COLOURS = {
@@ -43,7 +44,9 @@ def print_result(result: BenchResult, console: Console) -> None:
     )
     for package in result.settings["not_installed"].values():
         console.print(f"{package} is not installed: not measured")
-    console.print(_ratios(result))
+    console.print(
+        ratios_table(result, f"fp8rl, {result.settings['ratios_are_of']}, ratios within a round")
+    )
 
 
 def save_picture(result: BenchResult, path: Path) -> None:
@@ -81,18 +84,6 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 def _share(equal: float) -> str:
     return "same" if equal == 1.0 else f"{100 * equal:.2f} %"
-
-
-def _ratios(result: BenchResult) -> Table:
-    title = f"fp8rl, {result.settings['ratios_are_of']}, ratios within a round"
-    table = Table(title=title, title_justify="left", box=SIMPLE)
-    for heading in ("ratio (more is better)", "median", "min .. max", "goal"):
-        table.add_column(heading, justify="left" if heading.startswith("ratio") else "right")
-    for name, ratio in result.ratios.items():
-        goal = "" if ratio.goal is None else f"{ratio.goal:g}"
-        spread = f"{ratio.min:.2f} .. {ratio.max:.2f}"
-        table.add_row(name, f"{ratio.median:.2f}", spread, goal)
-    return table
 
 
 def _memory(axes: Any, rows: list[dict[str, Any]]) -> None:

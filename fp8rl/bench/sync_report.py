@@ -23,6 +23,7 @@ from fp8rl.bench.sync_ways import (
     TRANSPORT,
     VERIFY,
 )
+from fp8rl.bench.tables import ratios_table
 from fp8rl.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, STYLE, VERMILION, YELLOW
 
 COLOURS = {
@@ -58,7 +59,7 @@ def print_result(result: BenchResult, console: Console) -> None:
         "ms: medians of the rounds. MiB kept: from one turn to the next; peak: on top of that, "
         "within one. Shared memory counts on both sides."
     )
-    console.print(_ratios(result))
+    console.print(ratios_table(result, "Ratios within a round"))
 
 
 def save_picture(result: BenchResult, path: Path) -> None:
@@ -101,17 +102,6 @@ def _figures(rows: Rows) -> Table:
             held = (row[f"{what}_bytes"] for row in rows)
             cells = ("?" if h is None else f"{h[side] / MIB:.0f}" for h in held)
             table.add_row(f"MiB {what}, {side}", *cells)
-    return table
-
-
-def _ratios(result: BenchResult) -> Table:
-    table = Table(title="Ratios within a round", title_justify="left", box=SIMPLE)
-    for heading in ("ratio (more is better)", "median", "min .. max", "goal"):
-        table.add_column(heading, justify="left" if heading.startswith("ratio") else "right")
-    for name, ratio in result.ratios.items():
-        goal = "" if ratio.goal is None else f"{ratio.goal:.3g}"
-        spread = f"{ratio.min:.2f} .. {ratio.max:.2f}"
-        table.add_row(name, f"{ratio.median:.2f}", spread, goal)
     return table
 
 
