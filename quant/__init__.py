@@ -40,7 +40,13 @@ from fp8rl.quant.kv_rule import EMA, Amax, KVCalibrator, KVScaleRule, Latest, Pe
 from fp8rl.quant.kv_scales import QKV, KVScales, LayerScales, TensorScale, kv_scale_name
 from fp8rl.quant.measure import QuantError, measure_error
 from fp8rl.quant.mxfp8 import MXFP8Tensor, dequantize_mxfp8, quantize_mxfp8
-from fp8rl.quant.plan import PlanEntry, QuantPlan, UnfitShapes, WeightPrecision
+from fp8rl.quant.plan import (
+    PlanEntry,
+    QuantPlan,
+    RouterPrecision,
+    UnfitShapes,
+    WeightPrecision,
+)
 from fp8rl.quant.scales import E4M3_MAX, ScaleFormat
 from fp8rl.quant.shard_layout import Box, ShardLayout
 from fp8rl.quant.sharded import QuantizedShard, WeightShard, join_shards, quantize_shards
@@ -84,6 +90,7 @@ __all__ = [
     "QuantizedShard",
     "QuantizedTensor",
     "RankLostError",
+    "RouterPrecision",
     "RunningMax",
     "ScaleFormat",
     "ShardError",

@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fp8rl.quant.activations import GROUP, round_activations
 from fp8rl.quant.blockwise import (
     FP32Source,
     dequantize_blockwise,
@@ -80,9 +81,8 @@ def fake_quantize(
     """Make these linears compute with the weights that `plan` publishes, until `remove`.
 
     linears: linears that the plan keeps are left alone. activations: the scale format of 1x128
-    groups where the engine's kernel quantizes its input (W8A8, vLLM on a GPU), None where it does
-    not (W8A16, vLLM on a CPU). fp32_as: what fp32 weights are published as, see
-    `quantize_blockwise`.
+    groups where the engine's kernel quantizes its input (W8A8), None where it does not (W8A16, as
+    vLLM's own on a CPU). fp32_as: what fp32 weights are published as, see `quantize_blockwise`.
 
     Raises FakeQuantError where a linear cannot give the published bytes or is attached already,
     QuantPlanError for a name that the plan lacks; nothing is attached then. While attached, a
@@ -91,7 +91,8 @@ def fake_quantize(
     attached = []
     for linear in linears:
         columns = _check_linear(linear)
-        decided = {name: plan.is_quantized(name) for name in linear.rows}
+        entries = [plan.entry(name) for name in linear.rows]
+        decided = {entry.name: entry.quantized or entry.rounded for entry in entries}
         if any(decided.values()) and not all(decided.values()):
             raise FakeQuantError(
                 f"one linear holds {decided} (name: quantized), but its input has one precision; "
@@ -101,7 +102,8 @@ def fake_quantize(
             continue
         for name, rows in linear.rows.items():
             _check_shard(name, plan.entry(name).shape, (len(rows), columns))
-        attached.append(_FakeLinear(linear, activations, fp32_as))
+        taken = None if entries[0].rounded else activations  # a rounded one is computed in BF16
+        attached.append(_FakeLinear(linear, plan.scale_format, taken, fp32_as))
     _check_once(attached)
     for one in attached:
         one.module.forward = one.forward
@@ -157,6 +159,7 @@ class _FakeLinear:
     def __init__(
         self,
         linear: TrainerLinear,
+        scale_format: ScaleFormat,
         activations: ScaleFormat | None,
         fp32_as: FP32Source | None,
     ) -> None:
@@ -164,7 +167,8 @@ class _FakeLinear:
         self.parts = tuple(linear.rows.items())
         self.holds = False
         self.kept: tuple[Tensor, int, Tensor] | None = None  # weight, its version, W~
-        self._activations, self._fp32_as = activations, fp32_as
+        self._scale_format, self._fp32_as = scale_format, fp32_as
+        self._activations = activations
         self._own = linear.module.__dict__.get("forward")  # None: that of the class
         self._plain = linear.module.forward
         first = self.parts[0][1].cpu()
@@ -214,7 +218,9 @@ class _FakeLinear:
         return result
 
     def _read_back(self, name: str, weight: Tensor) -> Tensor:
-        quantized = quantize_blockwise(weight, name=name, fp32_as=self._fp32_as)
+        quantized = quantize_blockwise(
+            weight, name=name, fp32_as=self._fp32_as, scale_format=self._scale_format
+        )
         return dequantize_blockwise(quantized, weight.dtype)
 
 
@@ -238,7 +244,12 @@ def _straight_through(x: Tensor, rounded: Tensor) -> Tensor:
 def _fake_activations(
     x: Float[Tensor, "*tokens k"], scale_format: ScaleFormat
 ) -> Float[Tensor, "*tokens k"]:
-    quantized = quantize_activations(x.detach(), scale_format=scale_format)
+    values = x.detach()
+    if scale_format == "pow2" and values.dtype == torch.bfloat16 and not values.shape[-1] % GROUP:
+        rounded = round_activations(values)
+        if bool(rounded.sum().isfinite()):  # else the slow way finds out what is wrong
+            return _straight_through(x, rounded)
+    quantized = quantize_activations(values, scale_format=scale_format)
     return _straight_through(x, dequantize_blockwise(quantized, x.dtype))
 
 

@@ -13,9 +13,9 @@ Left out: `scale_fmt`, of which one reads the arithmetic and the other the stora
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import torch
 
@@ -25,12 +25,14 @@ from fp8rl.quant.architectures_table import MODULE_ALIASES
 from fp8rl.quant.audit import SCALE_SUFFIX, EngineTensor, PlanDifference, differences
 from fp8rl.quant.errors import QuantPlanError
 from fp8rl.quant.plan_choices import kept_by_user, refuse_unfit, unfit_linears
+from fp8rl.quant.scales import ScaleFormat
 from fp8rl.quant.tensor import FP8_DTYPE, scale_shape
 
 BLOCK_SIZE: Final = (128, 128)
 
 WeightPrecision = Literal["fp8", "bf16"]
 UnfitShapes = Literal["refuse", "keep"]
+RouterPrecision = Literal["bf16", "fp8-rounded"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class PlanEntry:
     """One tensor of the checkpoint, whether it is quantized, and why.
 
     dtype: in which the engine holds it: E4M3 where it is quantized, else BF16, rarely fp32.
+    rounded: the engine holds it in BF16, with the values that blockwise FP8 leaves of it.
     """
 
     name: str
@@ -45,6 +48,7 @@ class PlanEntry:
     quantized: bool
     reason: str
     dtype: torch.dtype
+    rounded: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,14 @@ class QuantPlan:
     kept_modules: linear modules that stay BF16 in an FP8 engine by exact name, with the head; the
     experts of a layer by the name of the module that holds them all.
     by_rule: the architecture is not known, so what each tensor is was guessed from its name.
+    scale_format: the rule that makes the scales of quantized weights.
     """
 
     entries: tuple[PlanEntry, ...]
     weights: WeightPrecision
     kept_modules: tuple[str, ...]
     by_rule: bool = False
+    scale_format: ScaleFormat = "pow2"
 
     @classmethod
     def from_hf_config(
@@ -73,6 +79,8 @@ class QuantPlan:
         keep_patterns: Sequence[str] = (),
         tensor_parallel: int = 1,
         unfit: UnfitShapes = "refuse",
+        scale_format: ScaleFormat = "pow2",
+        router: RouterPrecision = "bf16",
     ) -> "QuantPlan":
         """Plan the model of a Hugging Face `config` (config.json as a mapping).
 
@@ -82,13 +90,22 @@ class QuantPlan:
         tensor_parallel: ranks of the engine, for the shape checks.
         unfit: what to do with linears whose shape the engine cannot serve in FP8: raise, or keep
         them, and whatever is fused with them, in BF16 by name.
+        scale_format: of the weights' scales. With "fp32" a kernel that wants powers of two, as
+        DeepGEMM with E8M0 scales does on CUDA, quantizes anew while it loads, and the engine then
+        holds other bytes than were sent.
+        router: of a model with experts. "fp8-rounded": the weights of its routers go through
+        blockwise FP8 and back, as they would where a stack quantizes them, and stay BF16.
 
         Raises QuantPlanError for an architecture that is not known, a bad argument, a fused module
         kept in part, and a shape the engine cannot serve.
         """
         tensors = checkpoint_tensors(config)
         keep = kept_by_user(tensors, keep_first_layers, keep_last_layers, keep_patterns)
-        return cls._decide(tensors, keep, weights, tensor_parallel, unfit, by_rule=False)
+        chosen = (weights, tensor_parallel, unfit, scale_format)
+        plan = cls._decide(tensors, keep, *chosen, by_rule=False)
+        if router == "bf16":
+            return plan
+        return replace(plan, entries=_rounded_routers(plan.entries, tensors, router))
 
     @classmethod
     def from_tensors(
@@ -101,6 +118,7 @@ class QuantPlan:
         keep_patterns: Sequence[str] = (),
         tensor_parallel: int = 1,
         unfit: UnfitShapes = "refuse",
+        scale_format: ScaleFormat = "pow2",
     ) -> "QuantPlan":
         """Plan a model of which only the checkpoint's tensors are known, name -> shape, by rule.
 
@@ -110,7 +128,8 @@ class QuantPlan:
         """
         tensors = tensors_by_rule(shapes)
         keep = kept_by_user(tensors, keep_first_layers, keep_last_layers, keep_patterns)
-        return cls._decide(tensors, keep, weights, tensor_parallel, unfit, by_rule=True)
+        chosen = (weights, tensor_parallel, unfit, scale_format)
+        return cls._decide(tensors, keep, *chosen, by_rule=True)
 
     @classmethod
     def _decide(
@@ -120,6 +139,7 @@ class QuantPlan:
         weights: WeightPrecision,
         tensor_parallel: int,
         unfit: UnfitShapes,
+        scale_format: ScaleFormat,
         *,
         by_rule: bool,
     ) -> "QuantPlan":
@@ -128,6 +148,8 @@ class QuantPlan:
             raise QuantPlanError(f"weights must be 'fp8' or 'bf16', found {weights!r}")
         if unfit not in ("refuse", "keep"):
             raise QuantPlanError(f"unfit must be 'refuse' or 'keep', found {unfit!r}")
+        if scale_format not in get_args(ScaleFormat):
+            raise QuantPlanError(f"scale_format must be 'pow2' or 'fp32', found {scale_format!r}")
         if tensor_parallel < 1:
             raise QuantPlanError(f"tensor_parallel must be at least 1, found {tensor_parallel}")
         misfits = unfit_linears(tensors, tensor_parallel, BLOCK_SIZE)
@@ -137,7 +159,7 @@ class QuantPlan:
             refuse_unfit(tensors, misfits, keep)
         keep = {name: f"kept: {problem}" for name, problem in misfits.items()} | dict(keep)
         entries = tuple(_entry(t, keep.get(t.name), by_rule) for t in tensors)
-        return cls(entries, weights, _kept_modules(tensors, keep), by_rule)
+        return cls(entries, weights, _kept_modules(tensors, keep), by_rule, scale_format)
 
     @cached_property
     def _by_name(self) -> dict[str, PlanEntry]:
@@ -202,6 +224,25 @@ def _entry(tensor: CheckpointTensor, keep: str | None, by_rule: bool) -> PlanEnt
     quantized = tensor.role == "linear" and keep is None
     dtype = FP8_DTYPE if quantized else tensor.dtype
     return PlanEntry(tensor.name, tensor.shape, quantized, reason, dtype)
+
+
+def _rounded_routers(
+    entries: Iterable[PlanEntry], tensors: Iterable[CheckpointTensor], router: RouterPrecision
+) -> tuple[PlanEntry, ...]:
+    """Mark the weights of routers as rounded; their biases are none of it."""
+    if router != "fp8-rounded":
+        raise QuantPlanError(f"router must be 'bf16' or 'fp8-rounded', found {router!r}")
+    names = {t.name for t in tensors if t.role == "router" and len(t.shape) == 2}
+    if not names:
+        raise QuantPlanError(
+            "router is 'fp8-rounded', but this model has no experts and no router; leave it at "
+            "'bf16'"
+        )
+    reason = "router, rounded to FP8 and back"
+    return tuple(
+        replace(entry, rounded=True, reason=reason) if entry.name in names else entry
+        for entry in entries
+    )
 
 
 def _kept_modules(tensors: Iterable[CheckpointTensor], keep: Mapping[str, str]) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ After loading, kernels hold weights in layouts of their own:
     BF16 experts on a CPU                packed for AMX, in blocks of 32 rows
     BF16 linears up to 1 MiB on a CPU    packed by the same operator, inside a closure
     larger BF16 linears, heads           inside oneDNN, where nothing can be read
+    FP8 linears of ``ReferenceKernel``   as stored
     FP8 and BF16 on CUDA                 as stored (not run: written after the source of vLLM 0.32)
     all else                             as it lies
 
@@ -25,7 +26,8 @@ are no difference there.
 
 A kernel that is not in this list is refused by name: nothing counts as proven unread. On CUDA,
 DeepGEMM with E8M0 scales requantizes while loading; it leaves blocks as they are whose power-of-two
-scale fits tightly and whose amax is 1e-4 or more, and others differ from what was sent.
+scale fits tightly and whose amax is 1e-4 or more, and others differ from what was sent: weights of
+a plan with ``scale_format="fp32"`` are refused there.
 """
 
 from __future__ import annotations
@@ -58,6 +60,7 @@ from fp8rl.sync.engine_load import CPU_FP8_LINEAR
 from fp8rl.sync.engine_private import (
     cpu_kernel,
     fp8_kernel,
+    method,
     moe_backend,
     moe_experts,
     packed_weight,
@@ -72,6 +75,8 @@ AS_STORED_LINEARS = (
     "FlashInferFp8DeepGEMMDynamicBlockScaledKernel",
     "TritonFp8BlockScaledMMKernel",
 )
+W8A8_REFERENCE = "ReferenceKernel"  # engine_w8a8.py, which also has the two below
+W8A8_METHODS = ("W8A8Experts", "W8A8Linear")
 AS_STORED_EXPERTS = (
     "BATCHED_DEEPGEMM",
     "BATCHED_TRITON",
@@ -112,10 +117,32 @@ def compare(unit: Unit, sent: Mapping[str, Tensor]) -> Iterator[Finding]:
             yield _as_it_lies(place, getattr(module, place.parameter).data, sent)
 
 
+def activations(model: torch.nn.Module) -> dict[str, str]:
+    """Say of each FP8 layer of a live model, by its prefix, in what its kernel takes its input.
+
+    "fp8" (W8A8): kernels of CUDA, and ours for a CPU. "bf16" (W8A16): vLLM's for a CPU. Else the
+    name of a kernel that is not known here.
+    """
+    found = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, RoutedExperts) and module.w13_weight.dtype == FP8_DTYPE:
+            kernel = moe_backend(module)
+        elif isinstance(module, LinearBase) and module.weight.dtype == FP8_DTYPE:
+            kernel = fp8_kernel(module)
+        else:
+            continue
+        if kernel in ("CPU", CPU_FP8_LINEAR, W8A8_REFERENCE):  # take what the method gives them
+            found[prefix] = "fp8" if method(module) in W8A8_METHODS else "bf16"
+        else:
+            on_cuda = kernel in AS_STORED_LINEARS + AS_STORED_EXPERTS
+            found[prefix] = "fp8" if on_cuda else kernel
+    return found
+
+
 def _fp8_linear(unit: Unit, sent: Mapping[str, Tensor]) -> Iterator[Finding]:
-    kernel = fp8_kernel(unit.module)
-    if kernel != CPU_FP8_LINEAR and kernel not in AS_STORED_LINEARS:
-        raise _unknown(unit.prefix, f"FP8 kernel {kernel}", (CPU_FP8_LINEAR, *AS_STORED_LINEARS))
+    kernel, as_stored = fp8_kernel(unit.module), (W8A8_REFERENCE, *AS_STORED_LINEARS)
+    if kernel != CPU_FP8_LINEAR and kernel not in as_stored:
+        raise _unknown(unit.prefix, f"FP8 kernel {kernel}", (CPU_FP8_LINEAR, *as_stored))
     count = wrong_vnni if kernel == CPU_FP8_LINEAR else wrong_as_stored
     for place in unit.places:
         if place.parameter == "weight":

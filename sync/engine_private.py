@@ -104,6 +104,11 @@ def fp8_kernel(module: Any) -> str:
     return type(module.quant_method.fp8_linear).__name__
 
 
+def method(module: Any) -> str:
+    """The class of the method by which a linear or experts are computed."""
+    return type(module.quant_method).__name__
+
+
 def moe_backend(module: Any) -> str:
     """The kernel family of a MoE layer, as vLLM names it."""
     method = module.quant_method
