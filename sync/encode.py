@@ -9,6 +9,7 @@ from fp8rl.quant import (
     FP32Source,
     NonFiniteWeightError,
     QuantizedTensor,
+    ScaleFormat,
     dequantize_blockwise,
     quantize_blockwise,
 )
@@ -19,9 +20,13 @@ from fp8rl.sync.fingerprint import finite
 
 
 def encode(
-    name: str, tensor: Tensor | QuantizedTensor, dtype: torch.dtype, fp32_as: FP32Source | None
+    name: str,
+    tensor: Tensor | QuantizedTensor,
+    dtype: torch.dtype,
+    fp32_as: FP32Source | None,
+    scale_format: ScaleFormat,
 ) -> Tensor | QuantizedTensor:
-    """Return the tensor in `dtype`; E4M3 stands for quantized.
+    """Return the tensor in `dtype`; E4M3 stands for quantized, with the plan's `scale_format`.
 
     What is quantized already passes as it is, or is read back where `dtype` is another.
 
@@ -29,12 +34,12 @@ def encode(
     quantized tensor that the engine does not take; else as `quantize_blockwise`.
     """
     if dtype == FP8_DTYPE and isinstance(tensor, Tensor):
-        return quantize_blockwise(tensor, name=name, fp32_as=fp32_as)
+        return quantize_blockwise(tensor, name=name, fp32_as=fp32_as, scale_format=scale_format)
     if dtype == FP8_DTYPE and isinstance(tensor, QuantizedTensor):
-        if (tensor.block_size, tensor.scale_format) != (BLOCK_SIZE, "pow2"):
+        if (tensor.block_size, tensor.scale_format) != (BLOCK_SIZE, scale_format):
             raise SourceError(
                 f"{name}: the trainer holds it in blocks of {tensor.block_size} with scales "
-                f"{tensor.scale_format!r}, and the engine takes {BLOCK_SIZE} with 'pow2'"
+                f"{tensor.scale_format!r}, and the engine takes {BLOCK_SIZE} with {scale_format!r}"
             )
         refuse_non_finite(name, tensor.data)
         return tensor

@@ -37,6 +37,18 @@ class UnsupportedAttentionError(ValueError):
     """The engine's attention cannot be given KV scales for certain, as it was started."""
 
 
+class UnsupportedKernelError(ValueError):
+    """The engine's FP8 kernels cannot compute what it was started for."""
+
+
+class RoutingError(ValueError):
+    """The routers of a model do not show which experts they choose, or not of every token."""
+
+
+class StreamError(ValueError):
+    """A model does not show its residual stream, or not of every token."""
+
+
 class DeltaError(ValueError):
     """A delta is malformed, or was made for a tensor of another size."""
 

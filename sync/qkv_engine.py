@@ -41,12 +41,9 @@ class EngineQKV:
     """
 
     def __init__(self, model: nn.Module, config: VllmConfig) -> None:
-        compilation = config.compilation_config
-        mode, graphs = CompilationMode(compilation.mode), compilation.cudagraph_mode
-        if mode != CompilationMode.NONE or graphs != CUDAGraphMode.NONE:
+        if how := compiled(config):
             raise KVScaleError(
-                f"the engine runs with compilation mode {mode.name} and cudagraph_mode "
-                f"{graphs.name}, which show nothing of q, k and v; start it with "
+                f"the engine runs with {how}, which show nothing of q, k and v; start it with "
                 "enforce_eager=True, or measure in the trainer"
             )
         self._layers = [module for module in model.modules() if isinstance(module, Attention)]
@@ -76,6 +73,15 @@ class EngineQKV:
         see = partial(_see, observer, watch, self._ranks)
         with shown((layer, see) for layer in self._layers):
             yield watch
+
+
+def compiled(config: VllmConfig) -> str | None:
+    """Say how an engine runs whose model calls no hooks; None if it calls them."""
+    compilation = config.compilation_config
+    mode, graphs = CompilationMode(compilation.mode), compilation.cudagraph_mode
+    if mode == CompilationMode.NONE and graphs == CUDAGraphMode.NONE:
+        return None
+    return f"compilation mode {mode.name} and cudagraph_mode {graphs.name}"
 
 
 def _see(

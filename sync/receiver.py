@@ -27,7 +27,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,13 +40,15 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-from fp8rl.quant import KVObservation, KVObserver, KVScales
+from fp8rl.quant import KVObservation, KVScales
+from fp8rl.sync.engine_kernels import activations
 from fp8rl.sync.engine_scales import (
     held_scales,
     read_scales,
     refuse_unsupported,
     scale_differences,
 )
+from fp8rl.sync.engine_watch import EngineWatch
 from fp8rl.sync.errors import ManifestError, NotIntroducedError, PublisherError
 from fp8rl.sync.inboxes import open_inbox
 from fp8rl.sync.manifest import parse_manifest
@@ -103,8 +105,7 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._publisher: str | None = None
         self._inbox: Inbox | None = None
         self._keep_mirror = True
-        self._observer: KVObserver | None = None
-        self._watch = ExitStack()
+        self._watch = EngineWatch(model, vllm_config)
 
     @property
     def version(self) -> int | None:
@@ -123,6 +124,7 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 
         refusal: why the last call, or one before it in this session, was refused; None if none was.
         unready: why the update cannot be finished yet. session: whether vLLM's is open.
+        activations: in what each FP8 layer takes its input, read live.
         """
         last = self._committed
         return {
@@ -133,6 +135,7 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
             "refusal": self._refusal,
             "unready": self.weights.unready,
             "session": self._session,
+            "activations": activations(self.model),
             "digest": last.digest if last else None,
             "tensors_proven": last.tensors_proven if last else 0,
             "kv_scales_proven": last.kv_scales_proven if last else 0,
@@ -183,7 +186,7 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         Raises ManifestError, KVScaleError where it is not complete; see ``unready`` before.
         """
         if not self._abandoned:
-            self._stop_watching()
+            self._watch.stop()
             committed = self.weights.commit(keep=self._keep_mirror)
             seconds = {"stage": self._staging_seconds, **committed.seconds}
             self._committed = replace(committed, seconds=seconds)
@@ -214,33 +217,40 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     def start_observation(self, in_use: bool, histogram: bool) -> None:
         """Have every forward of the model feed an observer, until ``end_observation``.
 
-        Args:
-            in_use: count saturation and underflow against the scales that the model holds now:
-                those committed last, 1.0 before the first.
-            histogram: keep what percentiles need.
-
+        in_use: count clipping against the scales held now. histogram: keep what percentiles need.
         Raises ManifestError unless an update is under way whose weights are applied.
         """
-        from fp8rl.sync.qkv_engine import EngineQKV
-
         if self.weights.applied_version is None:
             raise ManifestError(
                 "KV scales are observed on weights that an update has just applied; begin an "
                 "update and send its weights first"
             )
-        self._watch.close()
-        source = EngineQKV(self.model, self.vllm_config)
         held = held_scales(self.model, self.version or 0) if in_use else None
-        self._observer = KVObserver(source.shape, histogram=histogram, in_use=held)
-        self._watch.enter_context(source.watch(self._observer))
+        self._watch.start_qkv(held, histogram)
 
     def end_observation(self) -> dict[str, Any]:
         """Stop observing; returns what was seen, as JSON of a ``KVObservation``."""
-        if self._observer is None:
-            raise ManifestError("end_observation came before start_observation")
-        self._watch.close()
-        observer, self._observer = self._observer, None
-        return observer.observation().to_json()
+        return self._watch.end_qkv()
+
+    def start_routes(self) -> None:
+        """Have every forward write down the experts it chooses, until ``stop_watching``."""
+        self._watch.start_routes()
+
+    def routes(self, sequences: list[list[int]]) -> list[list[list[list[int]]]]:
+        """The experts of each sequence, token and layer, first choice first."""
+        return self._watch.routes(sequences)
+
+    def start_streams(self, routes: bool) -> None:
+        """Have every forward write down the residual stream, and the experts where asked to."""
+        self._watch.start_streams(routes)
+
+    def streams(self, sequences: list[list[int]]) -> dict[str, Any]:
+        """The stream of these sequences, as JSON values."""
+        return self._watch.streams(sequences)
+
+    def stop_watching(self) -> None:
+        """Watch no longer, and forget what was seen."""
+        self._watch.stop()
 
     def hold_scales_for(self, seen: dict[str, Any]) -> bool:
         """Compute on under scales that clip nothing of what was observed; False if none does now.
@@ -275,6 +285,15 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         """
         self._sleep_level = None
         self.weights.restore_scales()
+
+    def forget(self) -> None:
+        """Say that another run begins, whose versions begin anew; what is held is served no more.
+
+        An update that was under way is lost.
+        """
+        self._drop("another run began")
+        self._committed = None
+        self.weights.forget()
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:
@@ -332,11 +351,7 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def _drop(self, reason: str) -> None:
         """Forget what came in of an update, and undo what was applied of it."""
-        self._stop_watching()
+        self._watch.stop()
         self._staging.clear()
         if self.weights.applied_version is not None:
             self.weights.undo(reason)
-
-    def _stop_watching(self) -> None:
-        self._watch.close()
-        self._observer = None

@@ -28,6 +28,7 @@ from fp8rl.quant import (
     FP32Source,
     NonFiniteWeightError,
     QuantizedTensor,
+    ScaleFormat,
     ShardLayout,
     WeightShard,
     dequantize_blockwise,
@@ -38,6 +39,7 @@ from fp8rl.quant.tensor import FP8_DTYPE
 from fp8rl.sync.encode import encode
 from fp8rl.sync.errors import SourceError
 from fp8rl.sync.local_shard import LocalShard
+from fp8rl.sync.rounded import arrived
 from fp8rl.sync.shard_checks import check_part
 from fp8rl.sync.shard_messages import Plane, joined, message_bytes, pack, planes, unpack
 from fp8rl.sync.source import TensorMeta
@@ -87,15 +89,18 @@ class Holdings:
 class Pass:
     """What to do with every tensor, the same on all ranks.
 
-    forms: the dtype in which each tensor moves; E4M3: it is quantized. to: destinations.
+    forms: the dtype in which each tensor moves; E4M3: it is quantized. sent: that in which it is
+    yielded. to: destinations.
     checked: whether NaN and Inf are refused in tensors that are not quantized.
     """
 
     held: Holdings
     ranks: TrainerRanks
     forms: Sequence[torch.dtype]
+    sent: Sequence[torch.dtype]
     to: Sequence[int]
     fp32_as: FP32Source | None
+    scale_format: ScaleFormat
     checked: bool
 
     def run(self) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
@@ -162,7 +167,7 @@ class _Bucket:
             self._ready[i] = [whole]
             return
         try:
-            ready = encode(meta.name, part, form, self._pass.fp32_as)
+            ready = encode(meta.name, part, form, self._pass.fp32_as, self._pass.scale_format)
         except NonFiniteWeightError as error:
             first = [a + b for a, b in zip(error.first_index, shard.box.offset, strict=True)]
             self._non_finite.append(NonFinite(i, meta.name, error.count, first, error.found))
@@ -204,7 +209,10 @@ class _Bucket:
             weights.append(WeightShard(meta.name, here, layout))
         with self._ranks.losses():
             quantized = quantize_shards(
-                weights, group=self._ranks.peers.group, fp32_as=self._pass.fp32_as
+                weights,
+                group=self._ranks.peers.group,
+                scale_format=self._pass.scale_format,
+                fp32_as=self._pass.fp32_as,
             )
         for i, q in zip(numbers, quantized, strict=True):
             if not q.box.empty:
@@ -254,6 +262,8 @@ class _Bucket:
             tensors = joined(meta.shape, form, parts, self._ranks.device)
             if form == FP8_DTYPE:
                 data, scale_inv = tensors
-                yield meta.name, QuantizedTensor(data, scale_inv, BLOCK_SIZE, "pow2")
+                scale_format = self._pass.scale_format
+                quantized = QuantizedTensor(data, scale_inv, BLOCK_SIZE, scale_format)
+                yield meta.name, arrived(quantized, self._pass.sent[i])
             else:
                 yield meta.name, tensors[0]

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fp8rl.quant import Box, FP32Source, QuantizedTensor, QuantPlan
 from fp8rl.sync.local_shard import LocalShard
+from fp8rl.sync.rounded import moving_dtypes
 from fp8rl.sync.shard_checks import by_number, check_tiles
 from fp8rl.sync.shard_pass import Holdings, Pass
 from fp8rl.sync.source import TensorMeta, planned_dtypes, refuse_destinations
@@ -95,7 +96,8 @@ class ShardedSource:
         """
         dtypes = [meta.dtype for meta in self._held.metadata]
         everyone = range(self._ranks.size)
-        for name, tensor in Pass(self._held, self._ranks, dtypes, everyone, None, False).run():
+        unchecked = Pass(self._held, self._ranks, dtypes, dtypes, everyone, None, "pow2", False)
+        for name, tensor in unchecked.run():
             assert isinstance(tensor, Tensor)  # none of these dtypes stands for quantized
             yield name, tensor
 
@@ -126,10 +128,13 @@ class ShardedSource:
         with ranks.telling():
             refuse_destinations(to, ranks.size)
             dtypes = planned_dtypes(self._held.metadata, plan, fp32_as)
+            forms = moving_dtypes([meta.name for meta in self._held.metadata], plan)
         ranks.agree()
-        named = zip(self._held.metadata, dtypes, strict=True)
-        ranks.same([f"to={list(to)}, fp32_as={fp32_as}", *(f"{m.name}: {d}" for m, d in named)])
-        yield from Pass(self._held, ranks, dtypes, to, fp32_as, True).run()
+        named = zip(self._held.metadata, forms, strict=True)
+        choices = f"to={list(to)}, fp32_as={fp32_as}, scale_format={plan.scale_format}"
+        ranks.same([choices, *(f"{m.name}: {d}" for m, d in named)])
+        moving = Pass(self._held, ranks, forms, dtypes, to, fp32_as, plan.scale_format, True)
+        yield from moving.run()
 
 
 def _one_of_each(boxes: Mapping[int, Box], turn: int) -> dict[int, Box]:

@@ -33,6 +33,7 @@ from fp8rl.quant import FP32Source, QuantizedTensor, QuantPlan
 from fp8rl.quant.tensor import FP8_DTYPE
 from fp8rl.sync.encode import encode
 from fp8rl.sync.errors import SourceError
+from fp8rl.sync.rounded import arrived, moving_dtypes
 from fp8rl.sync.trainer_ranks import TrainerRanks
 
 HEAD: Final = "lm_head.weight"
@@ -239,6 +240,7 @@ def encoded(
         metadata = source.metadata()
         refuse_destinations(to, ranks.size)
         dtypes = {meta.name: dtype for meta, dtype in planned(metadata, plan, fp32_as)}
+        moving = dict(zip(dtypes, moving_dtypes(list(dtypes), plan), strict=True))
     ranks.agree()
     with ranks.telling():
         tensors = iter(source)
@@ -246,7 +248,8 @@ def encoded(
         try:
             if ranks.rank in to:
                 for name, tensor in pairs if HEAD in dtypes else without_head(pairs):
-                    yield name, encode(name, tensor, dtypes[name], fp32_as)
+                    moved = encode(name, tensor, moving[name], fp32_as, plan.scale_format)
+                    yield name, arrived(moved, dtypes[name])
         finally:
             for _ in tensors if ranks.size > 1 else ():
                 pass
@@ -298,7 +301,7 @@ def planned_dtypes(
         entry = entries[meta.name]
         if meta.shape != entry.shape:
             raise SourceError(f"{meta.name}: shape {list(meta.shape)}, planned {list(entry.shape)}")
-        if entry.quantized and meta.dtype == torch.float32 and fp32_as is None:
+        if (entry.quantized or entry.rounded) and meta.dtype == torch.float32 and fp32_as is None:
             raise SourceError(
                 f"{meta.name}: is fp32, and fp32_as is None; say fp32_as='master' to quantize "
                 "these values or 'export' to round them to bf16 first: the two give different "

@@ -63,6 +63,9 @@ class _Update:
         self.clock = now
 
 
+NOTHING_YET = "no weights have been published yet"
+
+
 class Transaction:
     """Applies, commits and undoes updates of one model."""
 
@@ -71,7 +74,7 @@ class Transaction:
         self.expected = {tensor.name: tensor for tensor in expected_tensors(model)}
         self._units = units(model)
         self.held: Mirror | None = None
-        self.failure: str | None = "no weights have been published yet"
+        self.failure: str | None = NOTHING_YET
         self.last_error: str | None = None
         self._update: _Update | None = None
 
@@ -162,6 +165,11 @@ class Transaction:
         self.failure = reason
         if self.held is not None:
             self.held = Mirror(self.held.base, self.held.digests, {})
+
+    def forget(self) -> None:
+        """Hold no version any more: the next may have any number, and none is served before it."""
+        self._update = self.held = self.last_error = None
+        self.failure = NOTHING_YET
 
     def hold_scales(self, scales: Mapping[str, Tensor]) -> None:
         """Write and prove scales for measuring; those of the update are still awaited."""

@@ -107,7 +107,12 @@ class Live:
         return self.vllm_config.model_config
 
 
-def build(hf_config: dict[str, Any], precision: str, kv_cache: str = "fp8") -> Live:
+def build(
+    hf_config: dict[str, Any],
+    precision: str,
+    kv_cache: str = "fp8",
+    quantization: str | None = None,
+) -> Live:
     """Build the model with random weights; ``precision`` is "fp8" or "bf16"."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed import (
@@ -129,6 +134,7 @@ def build(hf_config: dict[str, Any], precision: str, kv_cache: str = "fp8") -> L
             load_format="dummy",
             skip_tokenizer_init=True,
             enforce_eager=True,
+            quantization=quantization,
             kv_cache_dtype=kv_cache,
             max_model_len=128,
         ).create_engine_config()

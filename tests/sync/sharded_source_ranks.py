@@ -118,6 +118,9 @@ def masters(rank: int) -> dict[str, list[str]]:
     for fp32_as in ("master", "export"):
         want = gathered(PLAN, tensors, fp32_as=fp32_as) if rank == 0 else {}
         found[fp32_as] = wrong(dict(source.encoded(PLAN, to=[0], fp32_as=fp32_as)), want)
+    plan = replace(PLAN, scale_format="fp32")
+    want = gathered(plan, tensors, fp32_as="export", scale_format="fp32") if rank == 0 else {}
+    found["export, fp32 scales"] = wrong(dict(source.encoded(plan, to=[0], fp32_as="export")), want)
     return found
 
 

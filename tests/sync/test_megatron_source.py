@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fp8rl.batch import TokenBatch
-from fp8rl.config import parse_config
+from fp8rl.config_file import parse_config
 from fp8rl.distributed import init_distributed
 from fp8rl.megatron_model import hf_config
 from fp8rl.quant import QuantPlan

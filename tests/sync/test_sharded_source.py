@@ -63,6 +63,7 @@ def test_what_arrives_is_what_gathering_first_gives_bit_for_bit(ranks: Answers) 
     found = ranks[0]["wrong"]
     assert {f"{name}, {way}" for name in LAYOUTS[:2] for way in ("to one", "to two")} <= set(found)
     assert {"fp8, fp8", "fp8, bf16", "fp32, master", "fp32, export", "a pair"} <= set(found)
+    assert "fp32, export, fp32 scales" in found
     assert [{case: names for case, names in r["wrong"].items() if names} for r in ranks] == [{}] * 4
 
 

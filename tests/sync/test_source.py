@@ -182,6 +182,16 @@ def test_fp32_is_quantized_as_it_is_said_to_be_and_norms_go_in_the_plan_s_dtype(
         assert wrong(got, want) == []
 
 
+def test_weights_get_the_scales_that_the_plan_says() -> None:
+    plan = QuantPlan.from_hf_config(hf_config(), scale_format="fp32")
+    want = gathered(plan, WEIGHTS, scale_format="fp32")
+    assert wrong(dict(encoded(IterableSource(WEIGHTS), plan, to=[0])), want) == []
+    assert wrong(dict(encoded(IterableSource(WEIGHTS), PLAN, to=[0])), want) != []
+    held = quantize_blockwise(WEIGHTS[UP], scale_format="fp32")
+    found = dict(encoded(IterableSource({**WEIGHTS, UP: held}), plan, to=[0]))[UP]  # type: ignore[dict-item]
+    assert isinstance(found, QuantizedTensor) and found.scale_inv is held.scale_inv
+
+
 @pytest.mark.parametrize("name", [UP, NORM])
 def test_a_value_that_is_not_finite_is_named(name: str) -> None:
     bad = WEIGHTS[name].clone()

@@ -1,0 +1,229 @@
+"""The numbers of a probe, and the watch that holds them against thresholds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fp8rl.config import RunConfig
+from fp8rl.config_file import parse_config
+from fp8rl.distributed import init_distributed
+from fp8rl.drift import LIMITS, DriftWatch
+from fp8rl.drift_answer import tightened
+from fp8rl.drift_parts import TRAINER, compare
+from fp8rl.errors import ConfigError
+from fp8rl.megatron_model import hf_config
+from fp8rl.quant import QuantPlan
+from fp8rl.sync.streams import StreamObservation
+from fp8rl.trainer import MegatronTrainer
+
+TOKENS, LAYERS, HIDDEN = 6, 2, 8
+ALL = torch.ones(TOKENS, dtype=torch.bool)
+
+
+def observation(
+    seed: int, *, layers: int = LAYERS, routes: torch.Tensor | None = None
+) -> StreamObservation:
+    generator = torch.Generator().manual_seed(seed)
+    stream = torch.randn(TOKENS, layers + 1, HIDDEN, generator=generator).bfloat16()
+    return StreamObservation(stream, torch.randn(TOKENS, generator=generator), routes)
+
+
+def changed(
+    one: StreamObservation, point: int, by: float, tokens: int = TOKENS
+) -> StreamObservation:
+    stream = one.stream.clone()
+    stream[:tokens, point] += by
+    return StreamObservation(stream, one.logprobs.clone(), one.routes)
+
+
+def test_equal_engines_and_trainers_do_not_drift() -> None:
+    one = observation(0)
+    found = compare(one, one, {TRAINER: one, "weights": one}, ALL)
+    assert found.pop("drift/tokens") == TOKENS
+    assert set(found.values()) == {0.0}
+    assert {f"drift/{n}/{x}" for n in range(LAYERS) for x in ("own", "total", "weights")} <= set(
+        found
+    )
+
+
+@settings(deadline=None)
+@given(st.integers(0, LAYERS), st.sampled_from([0.5, -2.0, 16.0]))
+def test_a_difference_is_named_where_it_is_and_relative_to_what_the_layer_adds(
+    point: int, by: float
+) -> None:
+    model = observation(1)
+    engine = changed(model, point, by)
+    found = compare(engine, model, {TRAINER: model}, ALL)
+    if point == 0:
+        assert float(found["drift/embedding"]) > 0.1
+    else:
+        layer = point - 1
+        given_, output = model.stream[:, layer].float(), model.stream[:, point].float()
+        moved = (engine.stream[:, point].float() - output).square().mean().sqrt()
+        size = (output - given_).square().mean().sqrt()
+        for name in ("own", "unexplained"):
+            assert float(found[f"drift/{layer}/{name}"]) == pytest.approx(
+                float(moved / size), rel=1e-4
+            )
+    others = [n for n in range(LAYERS) if n != point - 1]
+    assert all(found[f"drift/{n}/unexplained"] == 0.0 for n in others)
+
+
+def test_each_rounding_has_its_part_and_the_rest_is_unexplained() -> None:
+    trainer = observation(2)
+    weights = changed(trainer, 1, 1.0)
+    cache = changed(weights, 1, 4.0)
+    engine = changed(cache, 1, 0.25)
+    models: Mapping[str, StreamObservation] = {
+        TRAINER: trainer,
+        "weights": weights,
+        "cache": cache,
+    }
+    found = compare(engine, trainer, models, ALL)
+    names = ("weights", "cache", "unexplained")
+    parts = {name: float(found[f"drift/0/{name}"]) for name in names}
+    assert parts["weights"] == pytest.approx(4 * parts["unexplained"], rel=0.05)
+    assert parts["cache"] == pytest.approx(4 * parts["weights"], rel=0.05)
+    assert float(found["drift/0/own"]) == pytest.approx(sum(parts.values()), rel=0.05)
+
+
+def test_tokens_that_go_to_other_experts_are_the_routers_part() -> None:
+    routes = torch.tensor([[[0, 1]]]).expand(TOKENS, 1, 2)
+    other = routes.clone()
+    other[:2, 0] = torch.tensor([0, 3])
+    swapped = routes.clone()
+    swapped[2] = swapped[2].flip(-1)  # the same experts in another order
+    trainer = observation(3, layers=1, routes=routes)
+    moved = changed(trainer, 1, 3.0, tokens=2)
+    engine = StreamObservation(moved.stream, moved.logprobs, other)
+    found = compare(engine, trainer, {TRAINER: trainer}, ALL)
+    assert found["drift/0/unexplained"] == 0.0
+    assert float(found["drift/0/router"]) == pytest.approx(float(found["drift/0/own"])) != 0.0
+    assert float(found["drift/0/misrouted"]) == pytest.approx(2 / (2 * TOKENS))
+    same = StreamObservation(moved.stream, moved.logprobs, swapped)
+    found = compare(same, trainer, {TRAINER: trainer}, ALL)
+    assert found["drift/0/router"] == found["drift/0/misrouted"] == 0.0
+
+
+def test_log_probs_are_compared_at_responses_alone() -> None:
+    free, forced, engine = observation(4), observation(5), observation(6)
+    response = torch.arange(TOKENS) >= 2
+    found = compare(engine, free, {TRAINER: observation(7), "cache": forced}, response)
+    for name, model in (("logprob", free), ("head", forced)):
+        wanted = (engine.logprobs - model.logprobs)[2:].abs().mean()
+        assert float(found[f"drift/{name}"]) == pytest.approx(float(wanted))
+
+
+def config(**drift: object) -> RunConfig:
+    return parse_config({"model": {"num_layers": 1, "hidden_size": 128}, "drift": drift})
+
+
+@pytest.fixture
+def watch() -> Iterator[DriftWatch]:
+    made = config(every=3)
+    plan = QuantPlan.from_hf_config(hf_config(made.model, 64, 16))
+    with init_distributed(made):
+        yield DriftWatch(made, MegatronTrainer(made, 64), None, plan)
+
+
+def test_probes_are_due_every_so_many_steps_and_without_a_number_never(watch: DriftWatch) -> None:
+    assert [n for n in range(8) if watch.due(n)] == [0, 3, 6]
+    assert config().drift.every is None
+
+
+def test_a_threshold_that_is_passed_is_told_once_until_it_was_kept_again(
+    watch: DriftWatch,
+) -> None:
+    bad = {"drift/0/cache": 0.5, "drift/1/cache": 0.6, "drift/logprob": float("nan")}
+    cache, logprob = watch.warnings(bad)
+    assert cache.startswith("warning: drift in layer 1: 0.6 of what the layer adds is lost in the")
+    assert "(also in layers 0)" in cache and "drift.warn_rounding is 0.2" in cache
+    assert logprob.startswith("warning: drift: nan nats between log-probs")
+    assert watch.warnings(bad) == []
+    [more] = watch.warnings(bad | {"drift/4/cache": 0.3})
+    assert "in layer 4" in more and "also" not in more
+    assert watch.warnings({"drift/0/cache": 0.1}) == []
+    assert len(watch.warnings({"drift/0/cache": 0.5})) == 1
+
+
+def test_what_was_told_is_not_told_again_after_a_resume(watch: DriftWatch) -> None:
+    bad = {"drift/0/unexplained": 0.5}
+    state = watch.state()
+    assert len(watch.warnings(bad)) == 1
+    told = watch.state()
+    watch.load_state(state)
+    assert len(watch.warnings(bad)) == 1
+    watch.load_state(told)
+    assert watch.warnings(bad) == []
+
+
+def test_every_kind_of_threshold_is_a_field_that_can_be_set() -> None:
+    named = {name for name, _, _ in LIMITS.values()}
+    fields = {name for name in type(config().drift).model_fields if name.startswith("warn_")}
+    assert named == fields
+
+
+def test_a_probe_of_fp8_weights_needs_whole_blocks_on_every_rank() -> None:
+    cut = {"trainer": {"tensor_parallel": 2}, "model": {"hidden_size": 128, "num_heads": 2}}
+    parse_config(cut)
+    with pytest.raises(ConfigError, match=r"drift\.every is set and trainer\.tensor_parallel is 2"):
+        parse_config(cut | {"drift": {"every": 1}})
+    parse_config(cut | {"drift": {"every": 1}, "rollout": {"precision": "kv-only"}})
+
+
+def test_a_tightened_correction_has_the_square_roots_of_its_bounds() -> None:
+    stages: list[dict[str, object]] = [
+        {"kind": "reject", "divergence": "k1", "level": "seq_mean", "low": 0.81, "high": 1.44},
+        {"kind": "reject", "divergence": "k3", "level": "seq_mean", "high": 0.01},
+        {"kind": "mis", "low": 0.25, "high": 4.0},
+    ]
+    k1, k3, mis = tightened(parse_config({"correction": {"stages": stages}}).correction).stages
+    assert (k1.low, k1.high) == pytest.approx((0.9, 1.2))  # type: ignore[union-attr]
+    assert k3.high == 0.01  # type: ignore[union-attr]
+    assert (mis.low, mis.high) == (0.5, 2.0)  # type: ignore[union-attr]
+    [tis] = tightened(RunConfig().correction).stages
+    assert tis.cap == pytest.approx(2**0.5)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("sections", "why"),
+    [
+        ({"drift": {"answer": "tighten"}}, "no probe is due; set drift.every"),
+        (
+            {"drift": {"answer": "tighten", "every": 1}, "correction": {"stages": []}},
+            "no bound on a ratio",
+        ),
+        (
+            {"drift": {"answer": "recalibrate", "every": 1}, "rollout": {"precision": "fp8"}},
+            "no KV scales to measure",
+        ),
+        (
+            {"drift": {"answer": "recalibrate", "every": 1}, "kv_scales": {"recalibrate": "never"}},
+            "no KV scales to measure",
+        ),
+    ],
+)
+def test_an_answer_that_could_not_be_given_is_refused(
+    sections: dict[str, object], why: str
+) -> None:
+    with pytest.raises(ConfigError, match=why):
+        parse_config(sections)
+
+
+def test_the_answer_holds_until_a_probe_finds_nothing(watch: DriftWatch) -> None:
+    for answer, key, recalibrates, tightens in (
+        ("none", "drift/0/cache", False, False),
+        ("recalibrate", "drift/0/cache", True, False),
+        ("recalibrate", "drift/0/unexplained", False, False),
+        ("tighten", "drift/0/unexplained", False, True),
+    ):
+        watch._config = config(every=1, answer=answer).drift
+        watch.warnings({key: 0.5})
+        assert (watch.recalibrates, watch.tightens) == (recalibrates, tightens)
+        watch.warnings({key: 0.01})
+        assert not watch.recalibrates and not watch.tightens
