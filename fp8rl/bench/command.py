@@ -1,4 +1,4 @@
-"""The command line of the benchmarks: `fp8rl bench quant`, `kv-scales`, `density`, `sync`, ..."""
+"""The command line of the benchmarks: `fp8rl bench quant`, `rollout`, `sync`, `kv-scales`, ..."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import typer
 
 from fp8rl.bench.correction_command import CORRECTION_EXAMPLES, correction
 from fp8rl.bench.folders import make
+from fp8rl.bench.rollout_command import ROLLOUT_EXAMPLES, rollout
 
 app = typer.Typer(
     help="Measure fp8rl beside its alternatives, in one run.",
@@ -129,6 +130,7 @@ def quant(
     typer.echo(json.dumps(asdict(result)) if as_json else str(folder))
 
 
+app.command(epilog=ROLLOUT_EXAMPLES)(rollout)
 app.command(epilog=CORRECTION_EXAMPLES)(correction)
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from fp8rl.bench.timing import take_turns
-from fp8rl.config import VOCAB_MULTIPLE, ModelConfig, RunConfig
+from fp8rl.config import RunConfig
+from fp8rl.config_model import VOCAB_MULTIPLE, ModelConfig
 from fp8rl.distributed import init_distributed
 from fp8rl.megatron_cpu import cpu_stands_in
 from fp8rl.megatron_model import build_model, hf_config
