@@ -1,0 +1,251 @@
+"""The page of several runs: is FP8 safe and what it bought against the baseline; then the why."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from statistics import fmean
+
+from markupsafe import Markup
+
+from fp8rl.report import page as kit
+from fp8rl.report.comparison import (
+    Arm,
+    Comparison,
+    configuration_differences,
+    differences,
+    other_machines,
+)
+from fp8rl.report.data import RunData
+from fp8rl.report.figures import figure, figure_row, paint
+from fp8rl.report.overlay import overlays
+from fp8rl.report.page import Fact, State
+from fp8rl.report.quantities import BYTES, CACHE, QUANTITIES, REWARD, SPEED, STEP, Quantity
+from fp8rl.report.run_page import check_list, columns_of
+from fp8rl.report.statistics import Interval, difference, interval, ratio
+from fp8rl.report.verdict import WORDS, in_a_sentence, judge
+
+NAMED_ARMS = 2  # in a title
+WORST_FIRST: tuple[State, ...] = ("bad", "watch", "unknown", "good")
+
+
+def comparison_page(found: Comparison) -> str:
+    """The HTML of a comparison."""
+    runs = [run for arm in found.arms for run in arm.runs]
+    page = kit.Page(_title(found), _subtitle(found, runs))
+    page.add(*_notices(runs))
+    judged = [(arm, *_judge(arm, found.baseline)) for arm in found.arms if arm.fp8]
+    page.add(kit.columns(_answer(judged), kit.facts("What it bought", _bought(found))))
+    page.add(_arm_rows(judged))
+    page.section("Numbers", _numbers(found))
+    drawn = overlays(found.arms)
+    page.section(
+        "Curves",
+        kit.prose(Markup(" \u2003 ").join(_named(arm) for arm in found.arms)),
+        figure_row(figure(p.figure, p.title, p.note, p.source) for p in drawn),
+    )
+    page.section("What was configured differently", _configuration(found.arms))
+    page.section("Checks of each run", *_checks(found.arms))
+    page.section("Where it ran", _environments(runs), *_commands(runs), _data(found))
+    return page.html()
+
+
+def _title(found: Comparison) -> str:
+    if not found.others:
+        return f"{found.baseline.name}, {_seeds(found.baseline)}"
+    named = len(found.others) <= NAMED_ARMS
+    others = _list([a.name for a in found.others]) if named else f"{len(found.others)} arms"
+    return f"{others} against {found.baseline.name}"
+
+
+def _subtitle(found: Comparison, runs: Sequence[RunData]) -> str:
+    steps = sorted({run.planned for run in runs})
+    spread = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
+    counted = {len(arm.runs) for arm in found.arms}
+    seeds = f"{counted.pop()} of each arm" if len(counted) == 1 else "of some arms more than others"
+    return f"{len(runs)} runs of {spread} steps, {seeds}; baseline {found.baseline.name}"
+
+
+def _notices(runs: Sequence[RunData]) -> Iterator[Markup]:
+    for run in runs:
+        if not run.ended:
+            where = f"{run.path.name} stopped at step {run.steps} of {run.planned}"
+            yield kit.notice(f"{where}, or is still running: its numbers are of fewer steps.")
+    machines = other_machines(runs)
+    if machines:
+        differing = ", ".join(machines)
+        yield kit.notice(
+            f"These runs were not made on one machine ({differing} differ): do not compare their "
+            "times and speeds."
+        )
+
+
+def _judge(arm: Arm, baseline: Arm) -> tuple[State, str]:
+    """The worst verdict of an arm's runs, or its reward's loss against the baseline if worse."""
+    verdicts = [judge(run) for run in arm.runs]
+    state = min((v.state for v in verdicts), key=WORST_FIRST.index)
+    same = sum(v.state == state for v in verdicts)
+    open_checks = dict.fromkeys(name for v in verdicts for name in v.named("watch", "bad"))
+    why = f": {in_a_sentence([*open_checks])}" if open_checks else ""
+    runs = f" in {same} of {len(verdicts)} runs" if len(verdicts) > 1 else ""
+    sentence = f"{WORDS[state]}{runs}{why}."
+    if arm is baseline:
+        return state, sentence
+    against = difference(arm.values(REWARD.of), baseline.values(REWARD.of))
+    if against is None:
+        return state, sentence
+    sentence += f" Held-out reward {_signed(against)} against {baseline.name}"
+    if against.high < 0:
+        return "bad", f"{sentence}: it is worse."
+    if math.isnan(against.high):
+        return state, f"{sentence}; one seed cannot say whether that is chance."
+    return state, f"{sentence}."
+
+
+def _answer(judged: Sequence[tuple[Arm, State, str]]) -> Markup:
+    question = "Is FP8 safe here?"
+    if not judged:
+        return kit.answer(question, "unknown", "BF16 runs", "There is no FP8 here to judge.")
+    state = min((state for _, state, _ in judged), key=WORST_FIRST.index)
+    if len({state for _, state, _ in judged}) == 1:
+        sentences = [f"{arm.name}: {why}" if len(judged) > 1 else why for arm, _, why in judged]
+        return kit.answer(question, state, WORDS[state], *sentences)
+    counted = Counter(WORDS[state] for _, state, _ in judged)
+    found = ", ".join(f"{count} of {len(judged)} arms: {word}" for word, count in counted.items())
+    return kit.answer(question, state, "Not every arm", f"{found}.", "Each arm stands below.")
+
+
+def _arm_rows(judged: Sequence[tuple[Arm, State, str]]) -> Markup:
+    """Each FP8 arm with its verdict, where there are several."""
+    if len(judged) < 2:
+        return Markup()
+    rows = [
+        kit.check_row(state, arm.name, why, _seeds(arm), REWARD.source)
+        for arm, state, why in judged
+    ]
+    return Markup('<div class="checks">{}</div>').format(Markup().join(rows))
+
+
+def _bought(found: Comparison) -> Iterator[Fact]:
+    """Factors against the baseline; of each arm where there are several."""
+    arms = [arm for arm in found.others if arm.fp8]
+    shown = (CACHE, BYTES, SPEED, STEP) if len(arms) == 1 else (CACHE, SPEED)
+    for arm in arms:
+        for quantity in shown:
+            factor = ratio(arm.values(quantity.of), found.baseline.values(quantity.of))
+            if factor is None:
+                continue
+            whose = "" if len(arms) == 1 else f"{arm.name}: "
+            ours, theirs = (_mean(quantity, side) for side in (arm, found.baseline))
+            spread = _range(factor, ".2f", "; 95 %: {}")
+            remark = f"{whose}{ours}, {found.baseline.name} {theirs}{spread}"
+            yield Fact(f"{factor.mean:.2f}\u00d7", quantity.name, remark, quantity.source)
+
+
+def _numbers(found: Comparison) -> Markup:
+    """Quantities by arm: mean and interval over seeds, and below it the difference."""
+    heads = ["mean over seeds", *(arm.name for arm in found.arms)]
+    rows = []
+    for quantity in QUANTITIES:
+        if any(arm.values(quantity.of) for arm in found.arms):
+            cells = [_cell(quantity, arm, found.baseline) for arm in found.arms]
+            rows.append([kit.explained(quantity.name, quantity.source), *cells])
+    note = kit.prose(
+        "\u00b1 is half the 95 % interval of the mean over seeds (Student's t). Below it the "
+        f"difference to {found.baseline.name}, with its interval: paired where the arms' seeds "
+        "are the same, else Welch's; factors are of geometric means. One seed has no interval."
+    )
+    return kit.table(heads, rows) + note
+
+
+def _cell(quantity: Quantity, arm: Arm, baseline: Arm) -> Markup:
+    values = arm.values(quantity.of)
+    if not values:
+        return Markup("-")
+    found = interval([*values.values()])
+    text = quantity.show(found.mean)
+    if found.high > found.mean:
+        text += f" \u00b1 {quantity.show(found.high - found.mean)}"
+    return Markup("{}<small>{}</small>").format(text, _against(quantity, arm, baseline))
+
+
+def _against(quantity: Quantity, arm: Arm, baseline: Arm) -> str:
+    if arm is baseline:
+        return ""
+    sides = arm.values(quantity.of), baseline.values(quantity.of)
+    if quantity.ratio:
+        factor = ratio(*sides)
+        return "" if factor is None else f"{factor.mean:.2f}\u00d7{_range(factor, '.2f', ' ({})')}"
+    found = difference(*sides)
+    return "" if found is None else _signed(found)
+
+
+def _signed(found: Interval) -> str:
+    return f"{found.mean:+.2g}{_range(found, '+.2g', ' ({})')}"
+
+
+def _range(found: Interval, spec: str, form: str = "{}") -> str:
+    """The ends of an interval, or nothing where there is none or it has no width."""
+    if math.isnan(found.low) or found.low == found.high:
+        return ""
+    return form.format(f"{found.low:{spec}} to {found.high:{spec}}")
+
+
+def _mean(quantity: Quantity, arm: Arm) -> str:
+    return quantity.show(fmean(arm.values(quantity.of).values()))
+
+
+def _configuration(arms: Sequence[Arm]) -> Markup:
+    rows = configuration_differences(arms)
+    if not rows:
+        return kit.prose("Nothing but the seed.")
+    return kit.table(["key", *(arm.name for arm in arms)], [[k, *v] for k, v in rows.items()])
+
+
+def _checks(arms: Sequence[Arm]) -> Iterator[Markup]:
+    for arm in arms:
+        for run in arm.runs:
+            verdict = judge(run)
+            title = f"{arm.name}, seed {run.config['seed']}: {verdict.word} ({run.path})"
+            yield kit.fold(title, check_list(verdict.checks))
+
+
+def _environments(runs: Sequence[RunData]) -> Markup:
+    known = [run for run in runs if run.environment]
+    unknown = [run.path.name for run in runs if not run.environment]
+    said = "" if not unknown else f" Not recorded, since they have not ended: {_list(unknown)}."
+    rows = differences([run.environment for run in known])
+    if not rows:
+        return kit.prose(f"All whose machine is recorded ran on the same one.{said}")
+    heads = ["fact", *(run.path.name for run in known)]
+    return kit.table(heads, [[k, *v] for k, v in rows.items()]) + kit.prose(said)
+
+
+def _commands(runs: Sequence[RunData]) -> Iterator[Markup]:
+    lines = [run.command or f"# {run.path}: not recorded, the run has not ended" for run in runs]
+    yield kit.code("\n".join(lines))
+
+
+def _data(found: Comparison) -> Markup:
+    held = [
+        {"arm": arm.name, "folder": str(run.path), "config": run.config}
+        | {"metrics": columns_of(run.metrics)}
+        for arm in found.arms
+        for run in arm.runs
+    ]
+    link = kit.download("comparison.json", json.dumps(held), "Download all metrics as JSON")
+    return kit.prose(link + ": a list of runs with arm, configuration and metrics by name.")
+
+
+def _named(arm: Arm) -> Markup:
+    return kit.swatch(paint(arm.colour), f"{arm.name}, {_seeds(arm)}")
+
+
+def _seeds(arm: Arm) -> str:
+    return "1 seed" if len(arm.runs) == 1 else f"{len(arm.runs)} seeds"
+
+
+def _list(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + f" and {names[-1]}"
