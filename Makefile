@@ -10,7 +10,7 @@ ifndef RUN
 RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 endif
 
-.PHONY: setup setup-verl demo bench test test-long test-verl lint
+.PHONY: setup setup-verl demo bench stability test test-long test-verl test-gpu bench-gpu lint
 
 ## make .venv with everything that is pinned; does nothing when it is up to date
 setup: $(STAMP)
@@ -32,10 +32,26 @@ demo: setup
 	@echo "run folder: $(RUN)"
 	$(BIN)/fp8rl train examples/grpo.yaml run_dir=$(RUN)
 
-## measure the blockwise cast and the correction beside others'; each result is a folder in runs/
+## measure cast, correction and rollouts beside others'; each result is a folder in runs/
 bench: setup setup-verl
 	$(BIN)/fp8rl bench quant
 	.venv-verl/bin/fp8rl bench correction
+	$(BIN)/fp8rl bench rollout --shape 0.3b --batches 1,4,8,32 --tokens 32 --lengths 128
+
+## is FP8 safe to train with? every arm, five seeds each; goes on where it was stopped
+stability: setup
+	$(BIN)/fp8rl stability examples/stability.yaml
+
+## on a machine with CUDA, in an environment with its torch and vLLM: make test-gpu GPU_BIN=...
+GPU_BIN ?= .venv-gpu/bin
+test-gpu:
+	$(GPU_BIN)/python -m pytest -q -m gpu -rs
+
+bench-gpu:
+	$(GPU_BIN)/fp8rl bench quant --device cuda
+	$(GPU_BIN)/fp8rl bench correction --device cuda
+	$(GPU_BIN)/fp8rl bench rollout --shape qwen3-8b --device cuda --batches 64,256 \
+	  --tokens 1024 --lengths 4096 --prompt 512
 
 ## the checks of `make lint`, then every test, two files at a time on a thread each
 test: lint

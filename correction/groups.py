@@ -14,11 +14,10 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fp8rl.correction.checks import check_shapes, check_values
 from fp8rl.correction.errors import LogProbError, MaskError, ValueRangeError
 from fp8rl.correction.layout import layout_of
 from fp8rl.correction.metrics import PREFIX
-from fp8rl.correction.ratios import LOG_RATIO_LIMIT, masked
+from fp8rl.correction.ratios import LOG_RATIO_LIMIT, checked_log_ratios
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,10 +87,8 @@ def group_metrics(
             f"mask: {mask.dtype} {list(mask.shape)}, expected torch.bool like the groups' index "
             f"{list(groups.index.shape)}"
         )
-    logprobs = {"train_logprobs": train_logprobs, "rollout_logprobs": rollout_logprobs}
-    check_shapes(mask, logprobs)
-    poison = check_values(mask, logprobs=logprobs)
-    lr = (masked(train_logprobs, mask) - masked(rollout_logprobs, mask)).double().flatten()
+    log_ratio, poison = checked_log_ratios(train_logprobs, rollout_logprobs, mask)
+    lr = log_ratio.double().flatten()
     bounded = lr.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio = bounded.exp()
     one = mask.flatten().double()

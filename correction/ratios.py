@@ -43,6 +43,20 @@ def mean_of_tokens(sums: Tensor, tokens: Tensor) -> Tensor:
     return sums / tokens.clamp(min=1)
 
 
+def checked_log_ratios(
+    train_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log-ratios like mask, unclamped, 0 where masked; and what to add to what comes of them.
+
+    Raises:
+        ShapeError, LogProbError: as `check_shapes` and `check_values`, whose result is the second.
+    """
+    logprobs = {"train_logprobs": train_logprobs, "rollout_logprobs": rollout_logprobs}
+    check_shapes(mask, logprobs)
+    poison = check_values(mask, logprobs=logprobs)
+    return masked(train_logprobs, mask) - masked(rollout_logprobs, mask), poison
+
+
 @torch.no_grad()
 def importance_ratios(
     level: Level,
@@ -58,10 +72,7 @@ def importance_ratios(
     `correct`.
     """
     layout = layout_of(mask, cu_seqlens)
-    logprobs = {"train_logprobs": train_logprobs, "rollout_logprobs": rollout_logprobs}
-    check_shapes(mask, logprobs)
-    poison = check_values(mask, logprobs=logprobs)
-    log_ratio = masked(train_logprobs, mask) - masked(rollout_logprobs, mask)
+    log_ratio, poison = checked_log_ratios(train_logprobs, rollout_logprobs, mask)
     if level != "token":
         row = sequence_log_ratios(log_ratio, layout)
         if level == "geometric":

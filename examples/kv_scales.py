@@ -10,9 +10,10 @@ Arms: all have FP8 weights, and of the rollout engine's KV cache
     stale       FP8, calibrated on the version of N steps ago
     every-step  FP8, calibrated on each version: what fp8rl does
 
-fp8rl refuses scales of another version than the weights, so `StudyScales` makes those in the open:
-it relabels them. Whatever was published, the loop reads the engine's own buffers after each publish
-of each arm, and stops if one differs (`Calibration.confirm`).
+`ones` and `once` are `kv_scales.recalibrate` never and once. fp8rl refuses scales of another
+version than the weights, so `StaleScales` makes those of `stale` in the open: it relabels them.
+Whatever was published, the loop reads the engine's own buffers after each publish of each arm, and
+stops if one differs (`Calibration.confirm`).
 
 Models: `qwen3` is that of grpo.yaml; norms on q and k keep both small. `qwen2` has biases instead.
 `qwen2-outliers` is the same with outlier channels planted in every layer's K bias after the
@@ -57,12 +58,13 @@ from rich.console import Console
 from rich.table import Table
 
 from fp8rl.calibration import Calibration
-from fp8rl.config import RunConfig, load_config
+from fp8rl.config import RunConfig
+from fp8rl.config_file import load_config
 from fp8rl.doctor import check_machine
 from fp8rl.errors import ConfigError, RunDirError
 from fp8rl.loop import step
 from fp8rl.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, VERMILION
-from fp8rl.quant import E4M3_MAX, KVObserver, KVScales
+from fp8rl.quant import KVObserver, KVScales
 from fp8rl.rollout_batch import prompts_batch
 from fp8rl.run_dir import Metrics, RunDir
 from fp8rl.session import Session, open_session
@@ -71,6 +73,7 @@ Model = StrEnum("Model", "qwen3 qwen2 qwen2-outliers")
 Arm = StrEnum("Arm", "bf16-kv ones once stale every-step")
 MODELS, ARMS = [Model("qwen3"), Model("qwen2-outliers")], list(Arm)
 COLOURS = (GREY, VERMILION, ORANGE, PURPLE, BLUE)  # of ARMS
+RECALIBRATE = {"ones": "never", "once": "once"}
 EXAMPLES = """
 Examples:
 
@@ -114,6 +117,7 @@ class Study:
             f"steps={self.steps}",
             f"model.family={self.model.removesuffix('-outliers')}",
             f"rollout.precision={'fp8' if self.arm == 'bf16-kv' else 'fp8-kv'}",
+            f"kv_scales.recalibrate={RECALIBRATE.get(self.arm, 'every-step')}",
             "kv_scales.measured_by=trainer",
         )
         config = load_config(Path(__file__).with_name("grpo.yaml"), [*self.overrides, *settings])
@@ -138,9 +142,8 @@ class Study:
         with open_session(self.config, resume=False, command=command) as run:
             if self.model == "qwen2-outliers":
                 plant_outliers(run, self.outlier)
-            late = {"ones": None, "once": self.steps, "stale": self.stale}
-            if self.arm in late:
-                run.calibration = StudyScales(run, late[self.arm])
+            if self.arm == "stale":
+                run.calibration = StaleScales(run, self.stale)
             (self.folder.path / "key_channels.json").write_text(json.dumps(key_channels(run)))
             assert run.engine is not None  # the trainer has one rank
             capacity: Metrics = {"kv/cache_tokens": run.engine.kv_cache_tokens}
@@ -148,11 +151,11 @@ class Study:
                 run.record(step(run, version) | capacity)
 
 
-class StudyScales(Calibration):
-    """Scales that fp8rl would not publish: of an older version, or 1.0; they say so."""
+class StaleScales(Calibration):
+    """Scales that fp8rl would not publish: of an older version; they say so."""
 
-    def __init__(self, run: Session, late: int | None) -> None:
-        """Calibrate ``late`` versions ago (on version 0 before that); with None use 1.0."""
+    def __init__(self, run: Session, late: int) -> None:
+        """Calibrate ``late`` versions ago; on version 0 before that."""
         usual = run.calibration
         assert usual is not None  # the cache is FP8
         sources = (run.config.kv_scales, run.trainer, run.engine)
@@ -165,9 +168,6 @@ class StudyScales(Calibration):
         fresh = super().measure(version)
         assert isinstance(fresh, KVScales)  # kv_scales.measured_by is trainer
         self._measured.append(fresh)
-        if self._late is None:
-            amax = torch.full((len(fresh.layers), 3), E4M3_MAX)
-            return KVScales.from_amax(amax, version=version, tokens=1, observer="study: none, 1.0")
         used = self._measured[max(0, version - self._late)]
         return replace(used, version=version, observer=f"study: measured on version {used.version}")
 

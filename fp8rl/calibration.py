@@ -9,27 +9,34 @@
 Calibrated on the batch just trained (``trained``; at the start, on demonstrations), on the prompts
 of the step to come (``prompts``) or on the same demonstrations each step (``fixed``), always whole
 sequences within a bound on tokens. Every trainer rank has the same scales; rank 0 has the engine.
+
+Scales of another version than the weights are refused everywhere, so those that are not measured
+anew (``kv_scales.recalibrate`` once) or not at all (never) are relabelled here, and say so.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fp8rl.batch import TokenBatch
-from fp8rl.config import KVScaleConfig
+from fp8rl.config_rollout import KVScaleConfig
 from fp8rl.errors import EngineError
-from fp8rl.micro_batch import sample_rows
-from fp8rl.quant import QKV, KVCalibrator, KVObservation, KVObserver, KVScales
+from fp8rl.micro_batch import bounded
+from fp8rl.quant import E4M3_MAX, QKV, KVCalibrator, KVObservation, KVObserver, KVScales
 from fp8rl.rollout import RolloutEngine
 from fp8rl.run_dir import Metrics
 from fp8rl.trainer import MegatronTrainer
 
 LAYERS_SHOWN = 5
+ANEW = 4  # times the tokens, where the scales before were bad
+KEPT = " alone"  # the observer's end, of scales that a later version keeps
+UNMEASURED = "none: 1.0"  # the observer of scales that nothing was observed for
 
 
 class Calibration:
@@ -66,25 +73,43 @@ class Calibration:
         self._warned: set[str] = set()
         self.trained = fixed
 
-    def measure(self, version: int) -> KVScales | Callable[[], KVScales]:
+    def measure(self, version: int, *, anew: bool = False) -> KVScales | Callable[[], KVScales]:
         """Measure the scales of ``version``, or return how the engine will, for the publisher.
+
+        With ``recalibrate`` once, or never, those of version 0, or 1.0, under this version's label;
+        but with ``anew`` these are measured too, and all on ANEW times the tokens.
 
         Raises:
             KVScaleError: a layer was not seen, or holds NaN, Inf or zeros only; named.
             TrainerError: not one sequence fits ``calibration_tokens``.
         """
-        batch = self.batch(version)
+        if self._config.recalibrate == "never":
+            amax = torch.full((self._trainer.attention_shape.layers, len(QKV)), E4M3_MAX)
+            return KVScales.from_amax(amax, version=version, tokens=1, observer=UNMEASURED)
+        if self._config.recalibrate == "once" and self._in_use is not None and not anew:
+            measured = self._in_use
+            kept = f"{self._config.name}, of version {measured.version}{KEPT}"
+            kept = measured.observer if measured.observer.endswith(KEPT) else kept
+            return replace(measured, version=version, observer=kept)
+        batch = self.batch(version, anew=anew)
         if self._config.measured_by == "trainer":
             observation = self._trainer.observe_kv(batch, self._calibrator.observer())
             return self._calibrator.scales(observation, version)
         return lambda: self._calibrator.scales(self._observe_in_engine(batch), version)
 
-    def batch(self, version: int) -> TokenBatch:
+    @property
+    def in_use(self) -> KVScales | None:
+        """The scales that the engine holds; None before the first were confirmed."""
+        return self._in_use
+
+    def batch(self, version: int, *, anew: bool = False) -> TokenBatch:
         """What ``version`` is calibrated on."""
+        tokens = self._config.calibration_tokens * (ANEW if anew else 1)
         if self._config.calibrate_on == "prompts":
-            return _bounded(self._prompts(version), self._config.calibration_tokens)
-        chosen = self.trained if self._config.calibrate_on == "trained" else self._fixed
-        return _bounded(chosen, self._config.calibration_tokens)
+            return bounded(self._prompts(version), tokens)
+        return bounded(
+            self.trained if self._config.calibrate_on == "trained" else self._fixed, tokens
+        )
 
     def confirm(self, published: KVScales | None) -> Metrics:
         """Compare the engine's live buffers with what was published; tell every rank of the scales.
@@ -106,6 +131,16 @@ class Calibration:
         for number, layer in enumerate(scales.layers):
             metrics |= {f"kv_scale/{number}/{x}": getattr(layer, x).scale for x in QKV}
         return metrics
+
+    def caveat(self) -> str | None:
+        """What a run without fresh scales has to say at its start; None where they are fresh."""
+        return {
+            "every-step": None,
+            "once": "warning: kv_scales.recalibrate is once: the KV cache keeps the scales of "
+            "version 0, whatever the weights become",
+            "never": "warning: kv_scales.recalibrate is never: every scale of the KV cache is 1.0, "
+            "measured on nothing",
+        }[self._config.recalibrate]
 
     def watch(self) -> KVObserver:
         """Return an observer that counts what the scales in use clip and lose."""
@@ -163,13 +198,6 @@ class Calibration:
         rows = zip(batch.tokens.tolist(), batch.lengths.tolist(), strict=True)
         sequences = [row[:length] for row, length in rows]
         return self._engine.observe_kv(sequences, histogram=self._calibrator.needs_histogram)
-
-
-def _bounded(batch: TokenBatch, max_tokens: int) -> TokenBatch:
-    """Whole sequences of a batch while they fit, without columns that only hold padding."""
-    chosen = batch.rows(sample_rows(batch.lengths, max_tokens))
-    width = int(chosen.lengths.max())
-    return TokenBatch(chosen.tokens[:, :width], chosen.response_mask[:, :width])
 
 
 def _compare(worker: Mapping[str, Mapping[str, Sequence[float]]], published: KVScales) -> None:

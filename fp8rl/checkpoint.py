@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,18 @@ class Checkpoint:
     step: int
     tensors: dict[str, Tensor]
     extra: dict[str, Any]
+
+    def require(self, names: Iterable[str]) -> None:
+        """Refuse a checkpoint that lacks some of a run's state.
+
+        Raises:
+            CheckpointError: it does, as one written by an older fp8rl; the names are told.
+        """
+        if missing := sorted(set(names) - self.tensors.keys()):
+            raise CheckpointError(
+                f"the checkpoint of step {self.step} has no {', '.join(missing)}: an older fp8rl "
+                "wrote it; go on with that version, or start the run anew in another run_dir"
+            )
 
 
 def save(

@@ -1,4 +1,4 @@
-"""The ``fp8rl`` command: train, quantize, bench, report, doctor.
+"""The ``fp8rl`` command: train, quantize, stability, bench, report, doctor.
 
 Importing this file loads neither torch nor vLLM: ``fp8rl --help`` answers at once, and each command
 imports what it needs. Exit codes: 0 done; 1 the run failed; 2 the command line, the config, the run
@@ -22,6 +22,7 @@ import typer
 from fp8rl.bench.command import app as bench_app
 from fp8rl.lifeline import STOPPED, ends_at_once
 from fp8rl.quantize_cli import QUANTIZE_EXAMPLES, quantize
+from fp8rl.stability.cli import STABILITY_EXAMPLES, stability
 
 if TYPE_CHECKING:
     from fp8rl.config import RunConfig
@@ -54,9 +55,11 @@ Examples:
 """
 
 REPORT_EXAMPLES = """
-Example:
+Examples:
 
-- `fp8rl report runs/demo`
+- `fp8rl report runs/demo`: one run, also while it goes on
+
+- `fp8rl report runs/fp8-* runs/bf16-* --out fp8.html`: arms and their seeds side by side
 """
 
 DOCTOR_EXAMPLES = """
@@ -142,20 +145,41 @@ def train(
 
 
 app.command(epilog=QUANTIZE_EXAMPLES)(quantize)
+app.command(epilog=STABILITY_EXAMPLES)(stability)
 app.add_typer(bench_app, name="bench")
 
 
 @app.command(epilog=REPORT_EXAMPLES)
 def report(
-    run_dir: Annotated[
-        Path, typer.Argument(metavar="RUN_DIR", help="Folder that `fp8rl train` wrote.")
+    run_dirs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN_DIR...", help="Folders that `fp8rl train` wrote."),
     ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.html",
+            help="Where the page goes: RUN_DIR/report.html of one run, comparison.html in this "
+            "folder of several, unless given.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Write report.html and curves.png of a run anew, also of one that has not ended."""
-    with _exit_codes():
-        from fp8rl.report import write_report
+    """Write a page that says whether FP8 is safe for a run, and what it bought.
 
-        typer.echo(str(write_report(run_dir)))
+    Of one run: report.html and curves.png in its folder. Of several: one page with all of them side
+    by side; runs that differ in their seed alone are one arm, and the first BF16 arm is what the
+    others are held against. Works for runs that go on or were killed, too. The page needs no
+    network; the last line printed is its path.
+    """
+    with _exit_codes():
+        from fp8rl.report.summary import write_comparison, write_report
+
+        if len(run_dirs) == 1:
+            written = write_report(run_dirs[0], out)
+        else:
+            written = write_comparison(run_dirs, out or Path("comparison.html"))
+        typer.echo(str(written))
 
 
 @app.command(epilog=DOCTOR_EXAMPLES)
@@ -212,7 +236,7 @@ def doctor(
 def _run_config(
     config: Path | None, overrides: Sequence[str], precision: str | None, resume: Path | None
 ) -> RunConfig:
-    from fp8rl.config import load_config
+    from fp8rl.config_file import load_config
     from fp8rl.errors import ConfigError
     from fp8rl.run_dir import RunDir
 

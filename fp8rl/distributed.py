@@ -20,6 +20,11 @@ from fp8rl.lifeline import ends_at_once
 from fp8rl.megatron_cpu import use_still_rng_tracker
 
 TIMEOUT = timedelta(minutes=10)  # how long a collective waits for a rank that is late
+ADVICE = (  # that Megatron's sequence parallelism gives or gets in every run
+    "`sequence_parallel` is set to `True`, but tensor model parallel size is 1",  # of each expert
+    "When using sequence parallelism it is recommended to set the environment variable CUDA",
+    r"`torch\.distributed\.\w+_tensor` is deprecated",
+)
 
 
 @contextmanager
@@ -54,9 +59,16 @@ def init_distributed(config: RunConfig) -> Iterator[int]:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.trainer.tensor_parallel,
             pipeline_model_parallel_size=config.trainer.pipeline_parallel,
+            expert_model_parallel_size=config.trainer.expert_parallel,
+            expert_tensor_parallel_size=(
+                config.trainer.tensor_parallel // config.trainer.expert_parallel
+            ),
         )
         use_still_rng_tracker()
-        yield dist.get_rank()
+        with warnings.catch_warnings():
+            for advice in ADVICE:
+                warnings.filterwarnings("ignore", advice)
+            yield dist.get_rank()
     except RuntimeError as error:
         if "gloo" not in str(error):
             raise

@@ -18,7 +18,8 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Literal, Self
 
 from fp8rl import environment
-from fp8rl.config import BF16_WEIGHTS, FP8_CACHE, Precision, RunConfig
+from fp8rl.config import RunConfig
+from fp8rl.config_rollout import BF16_WEIGHTS, FP8_CACHE, Precision
 from fp8rl.errors import ConfigError
 
 State = Literal["ok", "missing", "optional"]
@@ -36,7 +37,8 @@ MODULES = {
 }
 FEATURES = {
     "avx512": "no FP8 KV cache on this CPU: use --precision fp8 or bf16",
-    "amx_tile": "no FP8 weights on this CPU: use --precision bf16 or kv-only",
+    "amx_tile": "no FP8 weights on this CPU: use --precision bf16 or kv-only, or (slowly, and not "
+    "for experts) rollout.activations=fp8",
 }
 
 
@@ -92,13 +94,17 @@ def check_machine(config: RunConfig, machine: Machine | None = None) -> None:
     Raises:
         ConfigError: names everything that is missing, and what to do.
     """
-    found = problems(config.rollout.precision, machine or Machine.here())
+    reference = config.rollout.activations == "fp8" and not config.model.is_moe
+    found = problems(config.rollout.precision, machine or Machine.here(), reference=reference)
     if found:
         raise ConfigError("this machine cannot run this config: " + "; ".join(found))
 
 
-def problems(precision: Precision, machine: Machine) -> list[str]:
-    """Everything that this arm needs and the machine lacks, each with what to do."""
+def problems(precision: Precision, machine: Machine, *, reference: bool = False) -> list[str]:
+    """Everything that this arm needs and the machine lacks, each with what to do.
+
+    ``reference``: FP8 linears may go through ``ReferenceKernel`` (``sync/engine_w8a8.py``).
+    """
     absent = [name for name in MODULES if name not in machine.modules]
     found = [f"{name} is not installed ({MODULES[name]}): {INSTALL}" for name in absent]
     if precision == "bf16":
@@ -110,7 +116,7 @@ def problems(precision: Precision, machine: Machine) -> list[str]:
             for index, has in enumerate(machine.capabilities)
             if has < FP8_CAPABILITY
         ]
-    needed = [] if precision in BF16_WEIGHTS else ["amx_tile"]
+    needed = [] if precision in BF16_WEIGHTS or reference else ["amx_tile"]
     needed += ["avx512"] if precision in FP8_CACHE else []
     return found + [
         f"rollout.precision is {precision}, but the processor has no {_label(name)} "

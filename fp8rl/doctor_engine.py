@@ -1,5 +1,7 @@
 """What only a live engine can tell: whether our plugin is in its workers, and takes KV scales.
 
+Also whether its FP8 layers take FP8 inputs (W8A8) where that is asked for, as it is here.
+
 vLLM says nothing about a plugin that fails to load, nor about KV scales that it leaves aside (an
 engine with BF16 weights does). So the doctor starts a tiny one, publishes random weights and
 scales through the real ``Publisher``, and reads the scales back from every worker.
@@ -12,12 +14,14 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from fp8rl.config import VOCAB_MULTIPLE, ModelConfig, Precision
+from fp8rl.config_model import VOCAB_MULTIPLE, ModelConfig
+from fp8rl.config_rollout import BF16_WEIGHTS, Precision
 from fp8rl.doctor import Finding, Machine, problems
+from fp8rl.engine_settings import EngineSettings
 from fp8rl.errors import EngineError
 from fp8rl.megatron_model import hf_config
 from fp8rl.quant import KVScales
-from fp8rl.rollout import EngineSettings, RolloutEngine
+from fp8rl.rollout import RolloutEngine
 from fp8rl.sync.plugin import RECEIVER
 from fp8rl.sync.publisher import Publisher
 from fp8rl.sync.source import IterableSource
@@ -42,6 +46,7 @@ def examine_engine(machine: Machine | None = None) -> list[Finding]:
         max_model_len=TINY_LENGTH,
         max_num_seqs=1,
         kv_cache_bytes=TINY_CACHE,
+        activations=None if precision in BF16_WEIGHTS else "fp8",
     )
     with TemporaryDirectory(prefix="fp8rl-doctor-") as folder:
         try:
@@ -54,12 +59,16 @@ def examine_engine(machine: Machine | None = None) -> list[Finding]:
 
 def _plugins(engine: RolloutEngine) -> list[Finding]:
     """The weight-transfer backend that is live in each worker."""
-    rows = []
-    for rank, worker in enumerate(engine.worker_report()):
+    rows, report = [], engine.worker_report()
+    for rank, worker in enumerate(report):
         right = worker["backend"] == RECEIVER[1]
         cost = "" if right else "no weight update reaches this worker: reinstall fp8rl"
         name, backend = f"worker {rank} plugin", worker["backend"]
         rows.append(Finding(name, backend, "ok" if right else "missing", cost))
+    if engine.settings.activations == "fp8":  # the engine would have refused to be less
+        inputs = [found for worker in report for found in worker["activations"].values()]
+        live = f"W8A8 in {inputs.count('fp8')} of {len(inputs)} FP8 layers"
+        rows.append(Finding("FP8 activations", live, "ok"))
     return rows
 
 

@@ -52,6 +52,9 @@ class EngineChannel:
         ours, theirs = socket.socketpair()
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(_TORCHRUN)}
         threads = _threads(int(arguments["tensor_parallel_size"]))
+        environment = {**inherited, **threads, **ENVIRONMENT}
+        if not arguments.get("enforce_eager"):
+            del environment["TORCHDYNAMO_DISABLE"]
         with theirs, log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", module, str(theirs.fileno()), str(os.getpid())],
@@ -59,7 +62,7 @@ class EngineChannel:
                 stdout=log,
                 stderr=log,
                 pass_fds=[theirs.fileno()],
-                env={**inherited, **threads, **ENVIRONMENT},
+                env=environment,
                 start_new_session=True,  # Ctrl-C is for the trainer, which then stops us
             )
         self._socket = ours

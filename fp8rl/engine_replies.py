@@ -42,3 +42,9 @@ def sample(completion: Any) -> dict[str, Any]:
         for position in range(span.start, span.end):
             versions[position] = int(span.version)
     return {"tokens": tokens, "logprobs": logprobs, "versions": versions}
+
+
+def prompt_logprobs(output: Any) -> list[float]:
+    """The log-prob of each token of a prompt but the first, given those before it."""
+    following = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
+    return [shown[token].logprob for token, shown in following]

@@ -20,12 +20,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import reduce
 from typing import Any
 
+from fp8rl.engine_observe import EngineObserver
 from fp8rl.engine_replies import call_receiver, inputs, list_tensors, report, sample
 from fp8rl.errors import StaleWeightsError
-from fp8rl.quant.kv_observation import KVObservation
 from fp8rl.sync.errors import UpdateRefusedError
 from fp8rl.sync.plugin import BACKEND
 
@@ -59,6 +58,7 @@ class EngineServer:
             "enable_sleep_mode": current_platform.is_sleep_mode_available(),
         }
         self._llm = LLM(**(ours | arguments))
+        self._observer = EngineObserver(self._llm, self._receivers)
         self._tickets: dict[int, Ticket] = {}
         self._in_flight: dict[str, int] = {}  # request id -> its ticket
         self._submitted = 0
@@ -211,10 +211,35 @@ class EngineServer:
             raise RuntimeError("the KV cache sleeps; wake_up before its scales are measured")
         with self._all_or_nothing():
             self._refuse_in_flight("measures KV scales")
-            seen = self._observe(prompts, histogram)
+            seen = self._observer.kv(prompts, histogram)
             if any(self._receivers("hold_scales_for", seen)):
-                seen = self._observe(prompts, histogram)
+                seen = self._observer.kv(prompts, histogram)
         return seen
+
+    def observe_routes(self, prompts: list[list[int]], version: int) -> list[Any]:
+        """Run prompts through the engine; the experts of each prompt, token and layer.
+
+        Raises:
+            StaleWeightsError: no proven weights of that version or a newer one are loaded.
+            RuntimeError: requests are in flight, which would run beside the prompts.
+        """
+        self._refuse_if_stale(version)
+        self._refuse_in_flight("shows what its routers choose")
+        return self._observer.routes(prompts)
+
+    def observe_streams(
+        self, prompts: list[list[int]], version: int, routes: bool
+    ) -> dict[str, Any]:
+        """Run prompts through the engine; a ``StreamObservation`` of them, as JSON values.
+
+        With ``routes`` the experts are told too.
+
+        Raises:
+            StaleWeightsError, RuntimeError: as ``observe_routes``.
+        """
+        self._refuse_if_stale(version)
+        self._refuse_in_flight("shows its residual stream")
+        return self._observer.streams(prompts, routes)
 
     def sleep(self, level: int) -> None:
         """Give memory back: 1 keeps the weights in host memory, 2 discards them.
@@ -253,22 +278,17 @@ class EngineServer:
         if not self._asleep:
             self._receivers("woke")
 
-    def _observe(self, prompts: list[list[int]], histogram: bool) -> dict[str, Any]:
-        """Observe one forward on prompts."""
-        from vllm import SamplingParams
+    def forget(self) -> None:
+        """Serve nothing more before another run has published its first version, whichever it is.
 
-        self._drop_cache()  # no prefix may be skipped; finish drops what comes in now
-        self._receivers("start_observation", True, histogram)
-        once = SamplingParams(max_tokens=1, detokenize=False)
-        added: list[str] = []
-        try:
-            added = self._llm.enqueue(inputs(prompts), once, use_tqdm=False)
-            self._llm.wait_for_completion(use_tqdm=False)
-        finally:
-            self._llm.llm_engine.abort_request(added, internal=True)  # where a step failed
-            seen = self._receivers("end_observation")
-        parts = [KVObservation.from_json(part) for part in seen]  # each worker saw its heads
-        return reduce(KVObservation.beside, parts).to_json()
+        Raises:
+            RuntimeError: requests or an update are under way.
+        """
+        self._refuse_in_flight("is given to another run")
+        if self._in_session:
+            raise RuntimeError("an update is under way; finish it before another run begins")
+        self._receivers("forget")
+        self._drop_cache()
 
     def _refuse_if_stale(self, version: int) -> None:
         if self._asleep:

@@ -35,3 +35,7 @@ class BatchError(ValueError):
 
 class TrainerError(RuntimeError):
     """The trainer cannot start, or a step went wrong; the weights are those before it."""
+
+
+class StudyError(RuntimeError):
+    """A study cannot go on: what several of its runs need could not be made."""

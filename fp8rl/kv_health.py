@@ -15,14 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.box import SIMPLE
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from fp8rl.errors import RunDirError
-from fp8rl.report import ARMS, percent, warn_saturation
+from fp8rl.report.words import ARMS, percent, warn_saturation
 from fp8rl.run_dir import Metrics, RunDir
 
 SCALE = re.compile(r"kv_scale/(\d+)/[qkv]")
@@ -152,11 +151,8 @@ def health_table(health: KVHealth) -> RenderableType:
 
 def _settings(run: RunDir) -> tuple[str, float | None]:
     """The run's rollout.precision, and its threshold (absent in older runs)."""
-    try:
-        config = yaml.safe_load(run.config.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RunDirError(f"{run.config}: cannot be read: {error}") from error
-    rollout = config.get("rollout") if isinstance(config, dict) else None
+    config = run.read_config()
+    rollout = config.get("rollout")
     precision = rollout.get("precision") if isinstance(rollout, dict) else None
     if precision not in ARMS:
         raise RunDirError(

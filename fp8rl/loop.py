@@ -5,6 +5,8 @@ Version v of the policy is the policy after v steps. A step
     observe    q, k, v of version v on the batch just trained -> KV scales that carry v
     publish    quantize version v, send it with its scales; the engine proves and commits it
     rollout    groups of responses, each token with its behaviour log-prob and version
+    routes     of a model with experts: do engine and trainer send tokens to the same? (routing.py)
+    drift      where it is due: which layers of the engine compute otherwise, and why (drift.py)
     score      the same tokens under the trainer's version v; what the KV scales clip and lose
     train      importance weights for the difference between the two, and the corrected loss
                (``learning.py``) -> version v + 1
@@ -24,28 +26,42 @@ import torch
 from torch import Tensor
 
 from fp8rl.config import RunConfig
+from fp8rl.drift_answer import tightened
 from fp8rl.learning import learn
 from fp8rl.quant import KVScales
-from fp8rl.rollout import Sampling
-from fp8rl.rollout_batch import RolloutBatch, rollout_batch, share
+from fp8rl.rollout import RolloutEngine, Sampling
+from fp8rl.rollout_batch import RolloutBatch, examples_batch, rollout_batch, share
+from fp8rl.routing import compare_routes
 from fp8rl.run_dir import Metrics
-from fp8rl.session import Session, open_session
+from fp8rl.session import OpenEngine, Session, open_session
 from fp8rl.stopping import StopRequest
 
 
-def train(config: RunConfig, resume: bool, command: str) -> Path:
+def train(
+    config: RunConfig,
+    resume: bool,
+    command: str,
+    *,
+    open_engine: OpenEngine = RolloutEngine,
+    draws: bool = True,
+) -> Path:
     """Run ``config`` to its end and return the run's folder.
 
     Args:
         config: the run; ``config.run_dir`` is made, or with ``resume`` continued.
         resume: go on from the folder's last checkpoint.
         command: the command line that repeats the run, for the report.
+        open_engine: starts the engine, or gives one that has served before.
+        draws: whether to end with picture and report.
 
     Raises:
         KeyboardInterrupt: Ctrl-C; the run is saved after the step that was running.
         Errors of the rooms, EngineError, RunDirError: see there; the run can be resumed.
     """
-    with open_session(config, resume=resume, command=command) as run, StopRequest() as stop:
+    session = open_session(
+        config, resume=resume, command=command, open_engine=open_engine, draws=draws
+    )
+    with session as run, StopRequest() as stop:
         for version in range(run.version, config.steps + 1):
             run.record(step(run, version))
             if version == config.steps:
@@ -62,7 +78,8 @@ def step(run: Session, version: int) -> Metrics:
     config = run.config
     metrics: Metrics = {"step": version, "version": version}
     with run.phase("observe"):
-        scales = run.calibration.measure(version) if run.calibration else None
+        anew = run.drift.recalibrates
+        scales = run.calibration.measure(version, anew=anew) if run.calibration else None
     publish(run, version, scales, metrics)
     if version % config.eval_every == 0 or version == config.steps:
         with run.phase("eval"):
@@ -71,12 +88,22 @@ def step(run: Session, version: int) -> Metrics:
         return metrics
     with run.phase("rollout"):
         rollout = sample(run, version, metrics)
+    if config.model.is_moe:
+        with run.phase("routes"):
+            metrics |= compare_routes(run.trainer, run.engine, rollout.batch, version)
+    if run.drift.due(version):
+        with run.phase("drift"):
+            probe(run, rollout, version, metrics)
     old_logprobs = None
     if config.correction.mode == "decoupled":
         with run.phase("score"):
             old_logprobs = score(run, rollout, metrics)
     with run.phase("train"):
+        if tightens := run.drift.tightens:
+            config = config.model_copy(update={"correction": tightened(config.correction)})
         metrics |= learn(config, run.trainer, rollout, old_logprobs, version)
+    if config.drift.answer != "none":
+        metrics["drift/answered"] = int(tightens or anew)
     if run.calibration:
         run.calibration.trained = rollout.batch
     return metrics
@@ -101,16 +128,26 @@ def publish(
         }
 
 
+def probe(run: Session, rollout: RolloutBatch, version: int, metrics: Metrics) -> None:
+    """Compare engine and trainer layer by layer; say what is new and wrong."""
+    scales = run.calibration.in_use if run.calibration else None
+    found = run.drift.probe(rollout.batch, version, scales)
+    metrics |= found
+    for warning in run.drift.warnings(found):
+        run.progress.message(warning)
+
+
 def score(run: Session, rollout: RolloutBatch, metrics: Metrics) -> Tensor:
     """Log-probs of the rollout under the trainer; and how its KV scales did on these tokens."""
-    if run.calibration is None:
-        return run.trainer.log_probs(rollout.batch)
-    observer = run.calibration.watch()
-    logprobs = run.trainer.log_probs(rollout.batch, observer)
-    metrics |= run.calibration.rates(observer.observation().reduced())
-    for warning in run.calibration.warnings(metrics):
-        run.progress.message(warning)
-    return logprobs
+    observer = run.calibration.watch() if run.calibration else None
+    scores = run.trainer.score(rollout.batch, observer)
+    assert scores.entropy is not None
+    metrics["policy/entropy"] = float(scores.entropy[rollout.batch.response_mask].mean())
+    if run.calibration is not None and observer is not None:
+        metrics |= run.calibration.rates(observer.observation().reduced())
+        for warning in run.calibration.warnings(metrics):
+            run.progress.message(warning)
+    return scores.logprobs
 
 
 def sample(run: Session, version: int, metrics: Metrics) -> RolloutBatch:
@@ -131,6 +168,7 @@ def sample(run: Session, version: int, metrics: Metrics) -> RolloutBatch:
             "rollout/tokens_per_second": run.pool.tokens / run.elapsed("rollout"),
             "rollout/segments": run.pool.calls,
             "rollout/unfinished": run.pool.unfinished,
+            "rollout/kv_cache_tokens": run.engine.kv_cache_tokens,
         }
     made = share(task, rows, mine)
     ages = made.ages(version)[made.batch.response_mask].double()
@@ -144,10 +182,18 @@ def sample(run: Session, version: int, metrics: Metrics) -> RolloutBatch:
 
 
 def evaluate(run: Session, version: int, metrics: Metrics) -> None:
-    """Mean reward of one sample for each held-out prompt, at the temperature of training."""
+    """The reward on held-out prompts at the temperature of training: sampled, and expected.
+
+    ``reward/heldout`` is the mean over one sample of the engine for each prompt. One response alone
+    is right, so the trainer's own policy can be judged without sampling and without the engine:
+    ``reward/heldout_trainer`` is the mean probability that it gives the answer.
+    """
+    prompts = run.task.heldout_prompts()
+    answers = [(prompt, run.task.answer(prompt)) for prompt in prompts]
+    logprobs = run.trainer.log_probs(examples_batch(run.task, answers)).sum(dim=1)
+    metrics["reward/heldout_trainer"] = float(logprobs.exp().mean())
     if run.engine is None:
         return
-    prompts = run.task.heldout_prompts()
     sampling = Sampling(
         max_tokens=run.task.max_response_tokens,
         stop_token=run.task.eos_id,

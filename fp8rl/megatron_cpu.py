@@ -7,21 +7,34 @@ answered here, for the length of a ``with`` block and nowhere else; nothing of M
   the block it answers ``torch.device("cpu")``.
 * ``device="cuda"`` is written out in its schedules (token counts) and in its gradient norm. Inside
   the block torch functions read it as "cpu".
+* Its MoE router asks whether Transformer Engine's GEMM is there by a name that it forgot to set
+  where that is not installed. Inside the block the name is there, and None.
 * Its RNG tracker forks CUDA generators around dropout. Its own inference tracker forks nothing,
   which is right here: this policy has no dropout.
-* ``use_cpu_initialization`` and all fusions off are settings of the model (``megatron_model.py``).
-
-Left out: MoE, which needs ``moe_utils.te_general_gemm = None`` as well.
+* ``use_cpu_initialization``, all fusions off and the ``allgather`` token dispatcher (the other one
+  needs CUDA streams) are settings of the model (``megatron_model.py``).
+* Its norms are Transformer Engine's or Apex's wherever sequence parallelism is on. ``TorchRMSNorm``
+  is torch's own, marked as Megatron marks those.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
+
+
+EXPERT_ROWS = 64  # more waste time on zeros, fewer make more kernels
 
 
 class _CudaMeansCpu(TorchFunctionMode):
@@ -43,13 +56,64 @@ class _CudaMeansCpu(TorchFunctionMode):
 @contextmanager
 def cpu_stands_in() -> Iterator[None]:
     """Let Megatron code inside the block find the CPU where it asks for CUDA."""
-    asked = torch.cuda.current_device
-    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
+    from megatron.core.transformer.moe import moe_utils
+
+    with (
+        _CudaMeansCpu(),
+        _answering(torch.cuda, "current_device", lambda: torch.device("cpu")),
+        _answering(moe_utils, "te_general_gemm", None),
+    ):
+        yield
+
+
+@contextmanager
+def _answering(module: ModuleType, name: str, answer: object) -> Iterator[None]:
+    """Set a module's attribute inside the block, whether it had one or not."""
+    before = {name: getattr(module, name)} if hasattr(module, name) else {}
+    setattr(module, name, answer)
     try:
-        with _CudaMeansCpu():
-            yield
+        yield
     finally:
-        torch.cuda.current_device = asked
+        delattr(module, name)
+        vars(module).update(before)
+
+
+class TorchRMSNorm(nn.RMSNorm):
+    """torch's RMSNorm with the signature of Megatron's norms.
+
+    Where each rank has a part of the sequence its gradient is one, which Megatron adds up over the
+    tensor-parallel ranks for parameters that are marked so.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float, **_: object
+    ) -> None:
+        super().__init__(hidden_size, eps)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def pad_experts(model: nn.Module) -> None:
+    """Have each expert of a model compute on a multiple of ``EXPERT_ROWS`` tokens, filled with 0.
+
+    Each batch gives an expert another number of tokens, and for each shape that it has not met
+    oneDNN makes a kernel anew, which takes three times as long as the multiplication.
+    """
+    from megatron.core.transformer.moe.experts import SequentialMLP
+
+    for module in model.modules():
+        if isinstance(module, SequentialMLP):
+            for expert in module.local_experts:
+                expert.forward = partial(_on_whole_rows, expert.forward)
+
+
+def _on_whole_rows(
+    forward: Callable[..., Any], tokens: Tensor, weights: Tensor
+) -> tuple[Tensor, None]:
+    """An expert's forward: tokens [n, hidden] and the routers' weights [n]; there is no bias."""
+    count = len(tokens)
+    filling = -count % EXPERT_ROWS
+    output, _ = forward(pad(tokens, (0, 0, 0, filling)), pad(weights, (0, filling)))
+    return output[:count], None
 
 
 def use_still_rng_tracker() -> None:

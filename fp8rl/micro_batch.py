@@ -64,3 +64,14 @@ def sample_rows(lengths: Int64[Tensor, " batch"], max_tokens: int) -> Int64[Tens
             "raise kv_scales.calibration_tokens"
         )
     return fitting
+
+
+def bounded(batch: TokenBatch, max_tokens: int) -> TokenBatch:
+    """Whole sequences of a batch while they fit, without columns that only hold padding.
+
+    Raises:
+        TrainerError: the first sequence alone is too long.
+    """
+    chosen = batch.rows(sample_rows(batch.lengths, max_tokens))
+    width = int(chosen.lengths.max())
+    return TokenBatch(chosen.tokens[:, :width], chosen.response_mask[:, :width])

@@ -8,76 +8,24 @@ two halves of ``generate``: between them the engine works on, and may be updated
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from jaxtyping import Int64
+from torch import Tensor
 
-from fp8rl.config import BF16_WEIGHTS, FP8_CACHE, Precision
 from fp8rl.engine_channel import ENGINE_PROCESS, EngineChannel
+from fp8rl.engine_settings import EngineSettings
 from fp8rl.errors import EngineError
-from fp8rl.quant import EngineTensor, QuantPlan, WeightPrecision
+from fp8rl.quant import EngineTensor
 from fp8rl.quant.kv_observation import KVObservation
 from fp8rl.sync.manifest import DTYPES, DtypeName
+from fp8rl.sync.streams import StreamObservation
 
 DIFFERENCES_SHOWN = 5
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """What an engine is started with.
-
-    hf_config: the model's config.json without quantization. precision: which arm. max_model_len:
-    prompt and response, tokens. max_num_seqs: sequences decoded at once. kv_cache_bytes: memory of
-    the KV cache, of each worker. tensor_parallel: workers. seed: of vLLM itself; requests carry
-    their own.
-    """
-
-    hf_config: Mapping[str, Any]
-    precision: Precision
-    max_model_len: int
-    max_num_seqs: int
-    kv_cache_bytes: int
-    tensor_parallel: int = 1
-    seed: int = 0
-
-    def plan(self) -> QuantPlan:
-        """The quantization plan that trainer and engine share."""
-        weights: WeightPrecision = "bf16" if self.precision in BF16_WEIGHTS else "fp8"
-        return QuantPlan.from_hf_config(
-            self.hf_config, weights=weights, tensor_parallel=self.tensor_parallel
-        )
-
-    @property
-    def fp8_kv(self) -> bool:
-        """Whether the KV cache is FP8 and needs scales with every update."""
-        return self.precision in FP8_CACHE
-
-    def llm_arguments(self, model_dir: Path) -> dict[str, Any]:
-        """Write ``config.json`` into ``model_dir``; return the arguments of ``vllm.LLM``."""
-        model_dir.mkdir(parents=True, exist_ok=True)
-        config = dict(self.hf_config)
-        quantization = self.plan().quantization_config()
-        if quantization is not None:
-            config["quantization_config"] = quantization
-        (model_dir / "config.json").write_text(json.dumps(config, indent=2))
-        return {
-            "model": str(model_dir),
-            "dtype": "bfloat16",
-            "kv_cache_dtype": "fp8" if self.fp8_kv else "auto",
-            "max_model_len": self.max_model_len,
-            "max_num_seqs": self.max_num_seqs,
-            "kv_cache_memory_bytes": self.kv_cache_bytes,
-            "tensor_parallel_size": self.tensor_parallel,
-            "enforce_eager": True,
-            "seed": self.seed,
-            # vLLM 0.32 samples from a part of a prompt too, and turns the request's generator back,
-            # which a CPU's cannot be
-            "enable_chunked_prefill": torch.cuda.is_available(),
-        }
 
 
 @dataclass(frozen=True)
@@ -260,6 +208,44 @@ class RolloutEngine:
         )
         return KVObservation.from_json(seen)
 
+    def observe_routes(
+        self, prompts: Sequence[Sequence[int]], *, version: int
+    ) -> list[Int64[Tensor, "time layers k"]]:
+        """Run prompts through an engine with experts, and say to which of them tokens go.
+
+        Args:
+            prompts: token ids of each prompt, computed whole in one forward.
+            version: the oldest weight version that may answer.
+
+        Returns:
+            For each prompt the numbers of the experts, the first choice of a token first.
+
+        Raises:
+            StaleWeightsError: the engine's weights are older, or not proven to be of one version.
+            EngineError: requests are in flight (collect them first), the model has no experts, or
+                its routers do not show what they choose.
+        """
+        given = [list(prompt) for prompt in prompts]
+        routes = self._call("observe_routes", prompts=given, version=version)
+        return [torch.tensor(chosen, dtype=torch.int64) for chosen in routes]
+
+    def observe_streams(
+        self, prompts: Sequence[Sequence[int]], *, version: int, routes: bool
+    ) -> StreamObservation:
+        """Run prompts through the engine, and say what its layers make of them.
+
+        Args:
+            prompts: token ids of each prompt, computed whole in one forward.
+            version: the oldest weight version that may answer.
+            routes: of a model with experts, also say to which of them tokens go.
+
+        Raises:
+            As ``observe_routes``; EngineError too where its layers do not show the stream.
+        """
+        given = [list(prompt) for prompt in prompts]
+        seen = self._call("observe_streams", prompts=given, version=version, routes=routes)
+        return StreamObservation.from_json(seen)
+
     def kv_state(self) -> list[dict[str, dict[str, list[float]]]]:
         """For each worker the KV scales it holds, read live: layer -> q, k or v -> its copies.
 
@@ -294,6 +280,14 @@ class RolloutEngine:
         """
         self._call("wake_up", tags=None if tags is None else list(tags))
 
+    def forget(self) -> None:
+        """Begin another run: what is held is served no more, and its first version may be any.
+
+        Raises:
+            EngineError: requests are in flight (collect them first), or an update is under way.
+        """
+        self._call("forget")
+
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Introduce a publisher and its transport to the engine."""
         self._call("init_weight_transfer_engine", init_info=init_info)
@@ -321,6 +315,7 @@ class RolloutEngine:
             self._unplanned = self._audit(description["tensors"])
             self._kv_cache_tokens = description["kv_cache_tokens"]
             self._ready = True
+            self._unplanned += self._other_kernels(self.worker_report())
         if self._unplanned:
             shown = "; ".join(self._unplanned[:DIFFERENCES_SHOWN])
             raise EngineError(
@@ -335,6 +330,16 @@ class RolloutEngine:
             found = [EngineTensor(n, DTYPES[dtype], tuple(shape)) for n, dtype, shape in tensors]
             problems += [str(difference) for difference in plan.audit(found)]
         return problems
+
+    def _other_kernels(self, workers: list[dict[str, Any]]) -> list[str]:
+        """Every FP8 layer whose kernel takes its input otherwise than the settings say."""
+        wanted = self.settings.activations
+        return [
+            f"worker {rank}: {layer} takes its input in {found}, and activations is {wanted}"
+            for rank, worker in enumerate(workers)
+            for layer, found in worker["activations"].items()
+            if wanted not in (None, found)
+        ]
 
     def _call(self, method: str, **params: Any) -> Any:
         self.wait_ready()

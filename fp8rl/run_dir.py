@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import yaml
+
 from fp8rl.errors import RunDirError
 
 Metrics = dict[str, float | int | str]
@@ -91,6 +93,11 @@ class RunDir:
         return self.path / "curves.png"
 
     @property
+    def drift(self) -> Path:
+        """The picture of the drift watch."""
+        return self.path / "drift.png"
+
+    @property
     def result(self) -> Path:
         """The run's numbers, environment and command."""
         return self.path / "result.json"
@@ -149,6 +156,22 @@ class RunDir:
             file.flush()
             os.fsync(file.fileno())
         self._tail = step, whole_bytes + len(line)
+
+    def read_config(self) -> dict[str, Any]:
+        """config.yaml as it was written, unvalidated: that of an older version can be read too.
+
+        Raises:
+            RunDirError: it is not YAML, or not keys and values.
+        """
+        try:
+            config = yaml.safe_load(self.config.read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise RunDirError(f"{self.config}: cannot be read: {error}") from error
+        if not isinstance(config, dict):
+            raise RunDirError(
+                f"{self.config}: holds a {type(config).__name__}, expected keys and values"
+            )
+        return config
 
     def metrics(self) -> list[Metrics]:
         """All whole lines in order; empty before the first step.

@@ -8,32 +8,39 @@ The loop (``loop.py``) is given a ``Session`` and asks nothing else of the world
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 import torch.distributed as dist
 from rich.console import Console
-from torch import Tensor
 
 from fp8rl import checkpoint
 from fp8rl.batch import TokenBatch
 from fp8rl.calibration import Calibration
-from fp8rl.config import FP8_CACHE, RunConfig, dump_config
+from fp8rl.config import RunConfig
+from fp8rl.config_file import dump_config
+from fp8rl.config_rollout import FP8_CACHE
 from fp8rl.distributed import init_distributed
+from fp8rl.drift import DriftWatch
+from fp8rl.engine_settings import EngineSettings
 from fp8rl.environment import environment
 from fp8rl.megatron_model import hf_config
 from fp8rl.progress import Progress
-from fp8rl.report import closing_table, describe, result, write_report
-from fp8rl.rollout import EngineSettings, RolloutEngine
-from fp8rl.rollout_batch import examples_batch, prompts_batch, width
+from fp8rl.report.summary import closing_table, result, write_report
+from fp8rl.report.words import describe
+from fp8rl.rollout import RolloutEngine
+from fp8rl.rollout_batch import prompts_batch, width
 from fp8rl.run_dir import Metrics, RunDir
 from fp8rl.segments import Bounds, SegmentPool, first_seed
 from fp8rl.sync.publisher import Publisher
 from fp8rl.task import DigitTask, TokenIds
 from fp8rl.trainer import MegatronTrainer
+from fp8rl.warm_up import demonstrations, load_start, warm_up
+
+OpenEngine = Callable[[EngineSettings, Path], AbstractContextManager[RolloutEngine]]
 
 
 @dataclass
@@ -53,6 +60,8 @@ class Session:
     console: Console
     version: int  # the first version to publish
     calibration: Calibration | None  # of the KV scales; None where the cache is BF16
+    drift: DriftWatch
+    draws: bool  # picture and report at the end
     _began: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -86,7 +95,8 @@ class Session:
                 version,
                 self.trainer.state()
                 | self.pool.state()
-                | (self.calibration.state() if self.calibration else {}),
+                | (self.calibration.state() if self.calibration else {})
+                | self.drift.state(),
                 rank=self.rank,
                 world_size=self.config.world_size,
                 extra={},
@@ -95,11 +105,18 @@ class Session:
 
 
 @contextmanager
-def open_session(config: RunConfig, *, resume: bool, command: str) -> Iterator[Session]:
+def open_session(
+    config: RunConfig,
+    *,
+    resume: bool,
+    command: str,
+    open_engine: OpenEngine = RolloutEngine,
+    draws: bool = True,
+) -> Iterator[Session]:
     """Bring a run up, fresh or from its last checkpoint, and down again.
 
-    When the block ends well, result.json, picture and report are written and the closing table is
-    printed.
+    When the block ends well, result.json and (where it ``draws``) picture and report are written,
+    and the closing table is printed. ``open_engine`` may give an engine that has served before.
 
     Raises:
         RunDirError: the folder is in use, holds another run, or holds none to resume.
@@ -113,7 +130,7 @@ def open_session(config: RunConfig, *, resume: bool, command: str) -> Iterator[S
         settings = engine_settings(config, task)
         engine = None
         if rank == 0:  # it comes up while the trainer warms up
-            engine = stack.enter_context(RolloutEngine(settings, folder.path))
+            engine = stack.enter_context(open_engine(settings, folder.path))
         trainer = MegatronTrainer(config, task.vocab_size, settings.plan())
         console = Console()
         title = describe(config.model_dump(mode="json"))
@@ -123,8 +140,13 @@ def open_session(config: RunConfig, *, resume: bool, command: str) -> Iterator[S
         calibration = None
         if config.rollout.precision in FP8_CACHE:
             calibration = _calibration(config, task, trainer, engine)
+            if caveat := calibration.caveat():
+                progress.message(caveat)
         pool = segment_pool(config, task)
-        version = _restore(config, folder, trainer, pool, calibration, task, rank, resume, progress)
+        drift = DriftWatch(config, trainer, engine, settings.plan())
+        states: list[SegmentPool | DriftWatch | Calibration] = [pool, drift]
+        states += [calibration] if calibration else []
+        version = _restore(config, folder, trainer, states, task, rank, resume, progress)
         layers = config.model.num_layers if settings.fp8_kv else 0
         with progress.phase("waiting for the rollout engine", timed=False):
             publisher = stack.enter_context(Publisher(settings.plan(), engine, kv_layers=layers))
@@ -143,6 +165,8 @@ def open_session(config: RunConfig, *, resume: bool, command: str) -> Iterator[S
             console=console,
             version=version,
             calibration=calibration,
+            drift=drift,
+            draws=draws,
         )
         if version == 0:
             session.save(0, now=True)
@@ -163,6 +187,9 @@ def engine_settings(config: RunConfig, task: DigitTask) -> EngineSettings:
         max_num_seqs=rows,
         kv_cache_bytes=int(config.rollout.kv_cache_gib * 2**30),
         seed=config.seed,
+        activations=config.rollout.activations,
+        scale_format=config.rollout.scale_format,
+        router=config.rollout.router,
     )
 
 
@@ -197,7 +224,7 @@ def _calibration(
     def prompts(version: int) -> TokenBatch:
         return prompts_batch(task, task.train_prompts(version, config.rollout.prompts_per_step))
 
-    fixed = _demonstrations(config, task, config.warmup.steps)  # after the last of the warm-up
+    fixed = demonstrations(config, task, config.warmup.steps)  # after the last of the warm-up
     return Calibration(config.kv_scales, trainer, engine, prompts=prompts, fixed=fixed)
 
 
@@ -205,7 +232,8 @@ def _conclude(run: Session) -> None:
     """Write result.json, the picture and the report; print the closing table."""
     found = result(run.folder, command=run.command, environment=environment())
     run.folder.write_result(found)
-    write_report(run.folder.path)
+    if run.draws:
+        write_report(run.folder.path)
     run.console.print(closing_table(found))
 
 
@@ -222,54 +250,29 @@ def _restore(
     config: RunConfig,
     folder: RunDir,
     trainer: MegatronTrainer,
-    pool: SegmentPool,
-    calibration: Calibration | None,
+    states: Sequence[SegmentPool | DriftWatch | Calibration],
     task: DigitTask,
     rank: int,
     resume: bool,
     progress: Progress,
 ) -> int:
-    """Load the last checkpoint, or warm up; returns the version to publish."""
+    """Load the last checkpoint, or the start, or warm up; returns the version to publish."""
     last = checkpoint.latest(folder.checkpoints) if resume else None
     if last is None:
         if rank == 0:
             folder.truncate_metrics(after_step=-1)
-        _warm_up(config, trainer, task, progress)
+        if config.warmup.start_from is not None:
+            load_start(config.warmup.start_from, config, trainer)
+        else:
+            warm_up(config, trainer, task, progress)
         return 0
     saved = checkpoint.load(last, rank=rank, world_size=config.world_size)
-    ours = {name for name in saved.tensors if name.startswith(("calibration/", "pool/"))}
+    saved.require(name for part in states for name in part.state())
+    ours = {n for n in saved.tensors if n.startswith(("calibration/", "drift/", "pool/"))}
     trainer.load_state({n: t for n, t in saved.tensors.items() if n not in ours})
-    pool.load_state(saved.tensors)
-    if calibration is not None:
-        calibration.load_state(saved.tensors)
+    for part in states:
+        part.load_state(saved.tensors)
     if rank == 0:  # steps after the checkpoint are done again
         folder.truncate_metrics(after_step=saved.step - 1)
     progress.message(f"resumed at version {saved.step} from {last}")
     return saved.step
-
-
-def _warm_up(
-    config: RunConfig, trainer: MegatronTrainer, task: DigitTask, progress: Progress
-) -> None:
-    """Supervised steps to a start where reward is low but not zero."""
-    settings = config.warmup
-    began, loss = time.perf_counter(), float("nan")
-    for number in range(settings.steps):
-        batch = _demonstrations(config, task, number)
-        tokens = batch.response_mask.sum()
-
-        def loss_fn(logprobs: Tensor, rows: slice, tokens: Tensor = tokens) -> Tensor:
-            return -logprobs.sum() / tokens  # 0 outside the responses
-
-        with progress.phase(f"warm-up {number + 1}/{settings.steps}", timed=False):
-            loss = trainer.update(batch, loss_fn, learning_rate=settings.learning_rate)["loss"]
-    trainer.restart_optimizer()
-    progress.message(
-        f"warm-up: {settings.steps} supervised steps of {settings.batch_size} examples, "
-        f"loss {loss:.3f}, {time.perf_counter() - began:.0f} s"
-    )
-
-
-def _demonstrations(config: RunConfig, task: DigitTask, number: int) -> TokenBatch:
-    shown = task.demonstrations(number, config.warmup.batch_size, config.warmup.slip_rate)
-    return examples_batch(task, shown)

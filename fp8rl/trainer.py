@@ -8,8 +8,8 @@ Forward, backward and the exchange between ranks are Megatron's own (schedules, 
 buffers in fp32); the optimizer is ``master_adamw.py``. A batch is cut into micro-batches of one
 size; the last is filled up with empty rows, which no loss sees.
 Every rank is given the whole batch and returns the same results. With precision fp8-aligned the
-linears compute with the engine's FP8 weights (``quant/fake_quant.py``). Left out: data parallelism,
-recomputation, GPUs.
+linears compute with the engine's FP8 weights, and with FP8 inputs where it does
+(``quant/fake_quant.py``). Left out: data parallelism, recomputation, GPUs.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float32
+from jaxtyping import Float32, Int64
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fp8rl.batch import TokenBatch
 from fp8rl.config import RunConfig
-from fp8rl.correction import log_probs_from_logits
+from fp8rl.correction import TokenScores, log_probs_from_logits
 from fp8rl.errors import TrainerError
 from fp8rl.master_adamw import MasterAdamW
 from fp8rl.megatron_cpu import cpu_stands_in
@@ -45,6 +46,10 @@ from fp8rl.quant import (
 from fp8rl.sync.megatron import MegatronSource
 from fp8rl.sync.megatron_layout import global_parameters
 from fp8rl.sync.qkv_megatron import MegatronQKV
+from fp8rl.sync.routing_megatron import MegatronRouters
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
 
 LossFn = Callable[[Tensor, slice], Tensor]
 """(log-probs fp32 [b, S], which rows of the batch) -> these rows' share of the batch's loss."""
@@ -97,7 +102,7 @@ class MegatronTrainer:
             if plan is None:
                 raise TrainerError("trainer.precision is fp8-aligned; give the engine's QuantPlan")
             self._fake_quant = fake_quantize(
-                self._source.linears(), plan, activations=_engine_activations()
+                self._source.linears(), plan, activations=engine_activations(config)
             )
 
     @property
@@ -105,23 +110,41 @@ class MegatronTrainer:
         """Layers and heads of the whole model."""
         return self._qkv.shape
 
-    @torch.no_grad()
+    @property
+    def model(self) -> GPTModel:
+        """This rank's part of the model, for hooks."""
+        return self._model
+
     def log_probs(
         self, batch: TokenBatch, observer: KVObserver | None = None
     ) -> Float32[Tensor, "batch time"]:
-        """Score a batch: fp32 [B, S], 0.0 where ``response_mask`` is False; same on every rank.
+        """Score a batch: fp32 [B, S], 0.0 where ``response_mask`` is False; same on every rank."""
+        return self.score(batch, observer).logprobs
 
-        ``observer`` sees q, k and v of this rank's layers and heads at the real tokens of the
-        first micro-batch, which is enough to count on and costs little.
+    @torch.no_grad()
+    def score(
+        self,
+        batch: TokenBatch,
+        observer: KVObserver | None = None,
+        *,
+        temperature: float | None = None,
+    ) -> TokenScores:
+        """Log-probs of a batch, and the entropy of the policy where each token was drawn, in nats.
+
+        Each fp32 [B, S], 0.0 where ``response_mask`` is False; the same on every rank. ``observer``
+        sees q, k and v of this rank's layers and heads at the real tokens of the first micro-batch,
+        which is enough to count on and costs little. ``temperature``: None is the rollout's.
         """
 
         def finish(micro: MicroBatch, logits: Tensor, non_loss_data: bool) -> Tensor:
-            return self._log_probs(micro, logits)[: micro.real]
+            found = self._scores(micro, logits, entropy=True, temperature=temperature)
+            return torch.stack(found)[:, : micro.real]
 
         width = batch.tokens.shape[1] - 1
         parts = self._run(batch, finish, width=width, train=False, observer=observer, observed=1)
-        result = torch.cat(parts) if parts else torch.empty(batch.tokens.shape)
-        return self._from_last_stage(result)
+        shape = (2, *batch.tokens.shape)
+        result = self._from_last_stage(torch.cat(parts, dim=1) if parts else torch.empty(shape))
+        return TokenScores(*result)
 
     def update(
         self,
@@ -144,7 +167,8 @@ class MegatronTrainer:
         """
 
         def finish(micro: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
-            loss = loss_fn(self._log_probs(micro, logits)[: micro.real], micro.rows)
+            [logprobs] = self._scores(micro, logits)
+            loss = loss_fn(logprobs[: micro.real], micro.rows)
             return loss * micro.count, loss.detach()  # Megatron divides by the count again
 
         self._ddp.zero_grad_buffer()
@@ -182,6 +206,23 @@ class MegatronTrainer:
         self._run(batch, _finish_nothing, width=width, train=False, observer=observer)
         return observer.observation().reduced()
 
+    @torch.no_grad()
+    def observe_routes(self, batch: TokenBatch) -> Int64[Tensor, "batch time layers k"]:
+        """The experts to which the tokens of a batch go, the first choice first; on every rank.
+
+        What stands at padding means nothing. Raises RoutingError for a model without experts.
+        """
+        from megatron.core import parallel_state
+
+        width = batch.tokens.shape[1]
+        with MegatronRouters(self._model).watch() as routes:
+            self._run(batch, _finish_nothing, width=width, train=False)
+        found = routes.gathered(
+            parallel_state.get_tensor_model_parallel_group(),
+            parallel_state.get_model_parallel_group(),
+        )
+        return found[: len(batch.tokens), :width]
+
     def restart_optimizer(self) -> None:
         """Forget Adam's moments: what comes next is another objective."""
         self._optimizer.forget()
@@ -216,18 +257,29 @@ class MegatronTrainer:
         self._optimizer.load_state(state)
         torch.set_rng_state(state["rng/torch"])
 
-    def _log_probs(self, micro: MicroBatch, logits: Tensor) -> Tensor:
-        """Log-probs fp32 [b, S] from this rank's logits [b, S - 1, vocab / tp]."""
+    def _scores(
+        self,
+        micro: MicroBatch,
+        logits: Tensor,
+        *,
+        entropy: bool = False,
+        temperature: float | None = None,
+    ) -> list[Tensor]:
+        """Log-probs (with ``entropy`` also entropies) of this rank's logits [b, S - 1, vocab / tp].
+
+        Each fp32 [b, S], 0.0 outside the responses.
+        """
         from megatron.core import parallel_state
 
-        predicted = log_probs_from_logits(
-            logits,
+        found = log_probs_from_logits(
+            logits[:, : micro.tokens.shape[1] - 1],  # without what filled up the sequence
             micro.tokens[:, 1:].contiguous(),
-            temperature=self._config.rollout.temperature,
+            temperature=temperature or self._config.rollout.temperature,
+            entropy=entropy,
             group=parallel_state.get_tensor_model_parallel_group(),
-        ).logprobs
-        padded = torch.nn.functional.pad(predicted, (1, 0))
-        return torch.where(micro.response_mask, padded, 0.0)
+        )
+        padded = [pad(x, (1, 0)) for x in found if x is not None]
+        return [torch.where(micro.response_mask, x, 0.0) for x in padded]
 
     def _run(
         self,
@@ -248,17 +300,18 @@ class MegatronTrainer:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         micros = cut(batch, self._config.trainer.micro_batch_size)
-        causal = torch.ones(1, 1, width, width, dtype=torch.bool).triu(1)  # True: not attended
-        positions = torch.arange(width)
+        whole = self._whole_width(width)
+        causal = torch.ones(1, 1, whole, whole, dtype=torch.bool).triu(1)  # True: not attended
+        positions, filling = torch.arange(whole), (0, whole - width)
 
         def forward(
             data: Iterator[tuple[int, MicroBatch]], model: Any
         ) -> tuple[Tensor, Callable[..., Any]]:
             index, micro = next(data)
             if watch is not None:
-                watch.token_mask = micro.token_mask[:, :width]
+                watch.token_mask = pad(micro.token_mask[:, :width], filling)
                 watch.paused = observed is not None and index >= observed
-            tokens = micro.tokens[:, :width]
+            tokens = pad(micro.tokens[:, :width], filling)
             output = model(tokens, positions.expand_as(tokens), causal)
             return output, partial(finish, micro)
 
@@ -270,12 +323,17 @@ class MegatronTrainer:
                 data_iterator=enumerate(micros),
                 model=self._ddp,
                 num_microbatches=len(micros),
-                seq_length=width,
+                seq_length=whole,
                 micro_batch_size=micros[0].tokens.shape[0],
                 forward_only=not train,
                 collect_non_loss_data=not train,
             )
         return list(results)
+
+    def _whole_width(self, width: int) -> int:
+        """A width that the ranks can divide, where each has a part of the sequence."""
+        ranks = self._config.trainer.tensor_parallel
+        return -(-width // ranks) * ranks if self._model.config.sequence_parallel else width
 
     def _from_last_stage(self, tensor: Tensor) -> Tensor:
         """Make the last pipeline stage's tensor that of all stages."""
@@ -291,9 +349,10 @@ def _finish_nothing(micro: MicroBatch, logits: Tensor, non_loss_data: bool) -> N
     """Want nothing of a forward but what is observed in it."""
 
 
-def _engine_activations() -> ScaleFormat | None:
-    """How the engine's FP8 linears take their input here: BF16 on a CPU (W8A16), FP8 on CUDA."""
-    return "pow2" if torch.cuda.is_available() else None
+def engine_activations(config: RunConfig) -> ScaleFormat | None:
+    """How the engine's FP8 linears take their input: FP8 if so configured, and always on CUDA."""
+    fp8 = config.rollout.activations == "fp8" or torch.cuda.is_available()
+    return "pow2" if fp8 else None
 
 
 def _check_same_layout(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

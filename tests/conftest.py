@@ -10,9 +10,12 @@ from jaxtyping import install_import_hook
 ROOT = Path(__file__).parents[1]
 PYDANTIC = {
     "config",
+    "config_model",
+    "config_rollout",
     "kv_rule",
     "manifest",
     "stages",
+    "streams",
     "losses_config",
 }  # records that check themselves, with `Self` in their methods
 COMPILED = {"compiled", "triton_kernel"}  # torch.compile or Triton would compile the checks too

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fp8rl.config import parse_config
+from fp8rl.config_file import parse_config
 from fp8rl.distributed import init_distributed
 from fp8rl.megatron_cpu import cpu_stands_in
 from fp8rl.megatron_model import hf_config

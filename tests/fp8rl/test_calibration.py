@@ -11,7 +11,8 @@ import torch
 
 from fp8rl.batch import TokenBatch
 from fp8rl.calibration import Calibration
-from fp8rl.config import RunConfig, parse_config
+from fp8rl.config import RunConfig
+from fp8rl.config_file import parse_config
 from fp8rl.distributed import init_distributed
 from fp8rl.errors import EngineError, TrainerError
 from fp8rl.quant import KVScaleError, KVScales
@@ -184,6 +185,30 @@ def test_a_resumed_calibration_goes_on_as_the_unbroken_one(trainer: MegatronTrai
     assert measured(resumed, 1) == measured(unbroken, 1)
     changed = [each.confirm(scales)["kv/changed"] for each in (resumed, unbroken)]
     assert changed == [0, 0]
+
+
+def test_scales_of_version_0_are_kept_under_each_versions_label(trainer: MegatronTrainer) -> None:
+    made = calibration(trainer, recalibrate="once")
+    first = measured(made, 0)
+    assert first == measured(calibration(trainer), 0)
+    made.confirm(first)
+    made.trained = sequences(8, seed=2)
+    later = measured(made, 5)
+    assert (later.version, later.layers) == (5, first.layers)
+    assert later.observer == "amax, of version 0 alone"
+    resumed = calibration(trainer, recalibrate="once")
+    resumed.load_state(made.state())
+    assert measured(resumed, 6).layers == first.layers
+    assert "version 0" in str(made.caveat())
+
+
+def test_scales_that_are_never_measured_are_1_and_say_so(trainer: MegatronTrainer) -> None:
+    made = calibration(trainer, recalibrate="never", measured_by="engine")
+    scales = measured(made, 4)
+    assert (scales.scales() == 1.0).all() and len(scales.layers) == 2
+    assert (scales.version, scales.observer) == (4, "none: 1.0")
+    assert "measured on nothing" in str(made.caveat())
+    assert calibration(trainer).caveat() is None
 
 
 def test_a_layer_of_zeros_is_an_error_that_names_it(trainer: MegatronTrainer) -> None:

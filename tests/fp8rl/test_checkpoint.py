@@ -55,6 +55,13 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
     assert load(folder).extra == {"step": 7, "prompts": {"drawn": 3}}
 
 
+def test_a_checkpoint_that_lacks_a_part_of_the_state_is_refused_by_name(tmp_path):
+    loaded = load(save(tmp_path / "checkpoints", 7))
+    loaded.require(["weight", "step"])
+    with pytest.raises(CheckpointError, match=r"step 7 has no drift/warned, pool/drawn: an older"):
+        loaded.require(["weight", "pool/drawn", "drift/warned"])
+
+
 def test_extra_is_read_as_json_has_it(tmp_path):
     extra = {"best": {9: 0.1, 10: float("1e-300")}, "names": ("a", "b")}
     folder = checkpoint.save(

@@ -8,11 +8,12 @@ from typing import Any, ClassVar, get_args
 import pytest
 import torch
 
-from fp8rl.config import Precision, RunConfig
+from fp8rl.config import RunConfig
+from fp8rl.config_rollout import Precision
 from fp8rl.doctor import MODULES, Finding, Machine, check_machine, examine
 from fp8rl.doctor_engine import examine_engine
+from fp8rl.engine_settings import EngineSettings
 from fp8rl.errors import ConfigError, EngineDiedError, EngineError
-from fp8rl.rollout import EngineSettings
 from fp8rl.sync.segment import Segment
 
 ALL_MODULES = frozenset(MODULES)
@@ -67,6 +68,16 @@ def test_a_processor_without_the_kernels_is_refused(
 
 def test_bf16_runs_on_any_processor() -> None:
     check_machine(config("bf16"), machine(OLD_CPU))
+
+
+def test_fp8_activations_need_no_amx_but_for_experts() -> None:
+    rollout = {"precision": "fp8", "activations": "fp8"}
+    check_machine(RunConfig.model_validate({"rollout": rollout}), machine(AVX512_CPU))
+    experts = {"num_experts": 4, "experts_per_token": 2, "moe_ffn_hidden_size": 128}
+    model = {"family": "qwen3_moe", **experts}
+    moe = RunConfig.model_validate({"rollout": rollout, "model": model})
+    with pytest.raises(ConfigError, match="no AMX tiles"):
+        check_machine(moe, machine(AVX512_CPU))
 
 
 def test_fp8_weights_alone_need_no_avx512() -> None:
@@ -157,7 +168,7 @@ class StubEngine:
     def worker_report(self) -> list[dict[str, Any]]:
         if not self.backends:
             raise EngineDiedError("the rollout engine ended: no memory")
-        return [{"backend": backend} for backend in self.backends]
+        return [{"backend": name, "activations": {"linear": "fp8"}} for name in self.backends]
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         transport = init_info["transport"]
@@ -248,4 +259,5 @@ def test_our_backend_is_live_in_a_real_engine_and_takes_kv_scales() -> None:
     findings = examine_engine()
     assert row(findings, "worker 0 plugin").found == "Receiver"
     assert row(findings, "KV scales").found == "6 published, 6 proven"
+    assert row(findings, "FP8 activations").found == "W8A8 in 8 of 8 FP8 layers"
     assert [finding for finding in findings if finding.state != "ok"] == []

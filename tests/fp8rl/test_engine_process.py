@@ -251,6 +251,22 @@ def test_weights_that_were_slept_away_are_published_before_anything_is_served(li
     live.publish()
 
 
+def test_an_engine_that_forgot_its_version_serves_another_run_from_the_first_on(live: Live) -> None:
+    ticket = live.submit(LONG)
+    with pytest.raises(EngineError, match=rf"ticket\(s\) \[{ticket}\] are in flight; collect"):
+        live.engine.forget()
+    live.engine.collect(ticket)
+    before = live.engine.generate(PROMPTS, version=live.publish(), sampling=SHORT, seed=1)
+    live.engine.forget()
+    with pytest.raises(StaleWeightsError, match="no weights have been published yet"):
+        live.submit(SHORT)
+    live.version = -1
+    again = live.engine.generate(PROMPTS, version=live.publish(), sampling=SHORT, seed=1)
+    assert live.version == 0
+    assert [[s.tokens for s in group] for group in again] == [[s.tokens for s in g] for g in before]
+    assert {v for group in again for s in group for v in s.versions} == {0}
+
+
 def test_the_engine_holds_the_scales_that_were_published(live: Live) -> None:
     scales = helpers.scales(live.version + 1, factor=2.0).tensors()
     live.publish(kv_scales=helpers.scales(live.version + 1, factor=2.0))

@@ -122,7 +122,7 @@ def test_a_run_without_a_step_or_without_counts_says_so(tmp_path: Path) -> None:
     ("config", "message"),
     [
         ("rollout: [", "config.yaml: cannot be read"),
-        ("- a list", "rollout.precision is None"),
+        ("- a list", "holds a list, expected keys and values"),
         ("rollout: {precision: fp4}", "rollout.precision is 'fp4', expected one of .*'kv-only'"),
         ("rollout: {precision: fp8-kv}", "no kv_scales.warn_saturation"),
     ],

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fp8rl.batch import TokenBatch
-from fp8rl.config import RunConfig, parse_config
+from fp8rl.config import RunConfig
+from fp8rl.config_file import parse_config
 from fp8rl.correction import PPOClip, correct, group_advantages, policy_loss
 from fp8rl.distributed import init_distributed
 from fp8rl.learning import learn

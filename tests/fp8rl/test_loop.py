@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from fp8rl.config import load_config
+from fp8rl.config_file import load_config
 from fp8rl.distributed import init_distributed
+from fp8rl.report.glossary import UNDEFINED, definition
 from fp8rl.stopping import StopRequest
 from tests.fp8rl.conftest import Whole
 from tests.fp8rl.run_helpers import STEPS, TINY, Command, metrics, write_config
@@ -46,6 +47,11 @@ def test_every_step_has_one_line_of_metrics_and_the_last_version_is_published(wh
     assert all(0 < line["kv/tokens"] <= TINY["kv_scales"]["calibration_tokens"] for line in lines)
 
 
+def test_every_metric_has_a_definition(whole: Whole) -> None:
+    keys = {key for line in metrics(whole.folder) for key in line} - {"step", "version"}
+    assert [key for key in sorted(keys) if definition(key).what == UNDEFINED] == []
+
+
 def test_without_segments_a_step_samples_what_it_trains_on_in_one_call(whole: Whole) -> None:
     for line in metrics(whole.folder)[:-1]:
         assert {name: line[name] for name in ON_POLICY} == ON_POLICY
@@ -73,9 +79,39 @@ def test_scales_measured_in_the_engine_serve_a_bf16_model_with_an_fp8_cache(tmp_
     assert all(line["sync/bytes"] >= line["sync/bf16_bytes"] for line in lines)  # BF16 weights
 
 
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["decoupled", "bypass"])
+def test_what_the_last_pipeline_stage_knows_is_in_the_metrics(tmp_path: Path, mode: str) -> None:
+    folder = tmp_path / "run"
+    reject = "{kind: reject, level: token, low: 0.7, high: 1.4}"
+    end = Command(
+        folder,
+        write_config(tmp_path),
+        *(f"run_dir={folder}", "steps=2", "warmup.steps=5", "trainer.pipeline_parallel=2"),
+        *(f"correction.mode={mode}", f"correction.stages=[{reject}]", "loss.preset=gspo"),
+    ).end()
+    assert end.code == 0, end.errors
+    for line in metrics(folder)[:-1]:
+        assert 0.5 < line["policy/ratio_mean"] < 2
+        assert 0 < line["rollout_corr/k3_kl"] < 1
+        assert 0 <= line["rollout_corr/rollout_rs_masked_fraction"] < 1
+        assert ("time/score" in line) == (mode == "decoupled"), "bypass scores nothing"
+
+
 def test_held_out_reward_is_measured_at_the_start_when_due_and_at_the_end(whole: Whole) -> None:
     measured = [line["step"] for line in metrics(whole.folder) if "reward/heldout" in line]
     assert measured == [*range(0, STEPS + 1, TINY["eval_every"]), STEPS]
+
+
+def test_the_engines_held_out_reward_is_a_sample_of_the_trainers(whole: Whole) -> None:
+    lines = [line for line in metrics(whole.folder) if "reward/heldout" in line]
+    sampled = [line["reward/heldout"] for line in lines]
+    expected = [line["reward/heldout_trainer"] for line in lines]
+    assert all(0 < probability < 1 for probability in expected)
+    drawn = TINY["task"]["heldout_prompts"] * len(lines)
+    error = (sum(p * (1 - p) for p in expected) / len(lines) / drawn) ** 0.5
+    assert abs(sum(sampled) - sum(expected)) / len(lines) < 4 * error, (sampled, expected)
 
 
 def test_the_run_learned_and_engine_and_trainer_agreed(whole: Whole) -> None:

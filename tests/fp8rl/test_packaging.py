@@ -91,12 +91,12 @@ def wheel_files(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 def test_a_wheel_from_an_sdist_holds_every_module_under_fp8rl(wheel_files: set[str]) -> None:
     sources = {f"fp8rl/{file.name}" for file in (ROOT / "fp8rl").glob("*.py")}
-    sources |= {f"fp8rl/bench/{file.name}" for file in (ROOT / "fp8rl" / "bench").glob("*.py")}
-    sources |= {str(f.relative_to(ROOT)) for f in (ROOT / "fp8rl" / "integrations").rglob("*.py")}
+    for package in ("bench", "integrations", "report", "stability"):
+        sources |= {str(f.relative_to(ROOT)) for f in (ROOT / "fp8rl" / package).rglob("*.py")}
     for room in ROOMS:
         sources |= {f"fp8rl/{room}/{file.name}" for file in (ROOT / room).glob("*.py")}
     assert {file for file in wheel_files if file.endswith(".py")} == sources
-    assert "fp8rl/py.typed" in wheel_files
+    assert {"fp8rl/py.typed", "fp8rl/report/page.css"} <= wheel_files
 
 
 def test_a_wheel_puts_nothing_else_at_the_top(wheel_files: set[str]) -> None:

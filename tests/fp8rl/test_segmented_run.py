@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from fp8rl import loop
-from fp8rl.config import load_config
+from fp8rl.config_file import load_config
 from fp8rl.rollout import RolloutEngine, Sample, Segment
 from fp8rl.rollout_batch import RolloutBatch
 from fp8rl.segments import SEED_STEP, Group, SegmentPool, first_seed

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fp8rl.config import TaskConfig, parse_config
+from fp8rl.config import TaskConfig
+from fp8rl.config_file import parse_config
 from fp8rl.correction import TIS, correct
 from fp8rl.errors import EngineError, StaleWeightsError
 from fp8rl.rollout import Sample, Segment

@@ -10,7 +10,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fp8rl.batch import TokenBatch
-from fp8rl.config import RunConfig, parse_config
+from fp8rl.config import RunConfig
+from fp8rl.config_file import parse_config
 from fp8rl.distributed import init_distributed
 from fp8rl.errors import TrainerError
 from fp8rl.megatron_model import hf_config
@@ -122,6 +123,20 @@ def test_log_probs_are_those_of_the_exported_hugging_face_model(family: str) -> 
     assert (ours - theirs)[b.response_mask].abs().mean() < 0.02
     assert (ours - theirs).abs().max() < 0.15
     assert (ours[~b.response_mask] == 0).all()
+
+
+def test_entropies_are_those_of_the_exported_hugging_face_model() -> None:
+    trainer, b = make("qwen3"), batch()
+    scores = trainer.score(b)
+    assert torch.equal(scores.logprobs, trainer.log_probs(b))
+    with torch.no_grad():
+        logits = HuggingFaceTwin(trainer).model(b.tokens).logits[:, :-1]
+    spread = torch.distributions.Categorical(logits=logits / config().rollout.temperature)
+    theirs = torch.nn.functional.pad(spread.entropy(), (1, 0))
+    assert scores.entropy is not None
+    assert (scores.entropy - theirs)[b.response_mask].abs().max() < 0.05
+    assert theirs[b.response_mask].std() > 0.05  # not one entropy for all
+    assert (scores.entropy[~b.response_mask] == 0).all()
 
 
 def test_padding_changes_no_bit_and_gives_no_nan(trainer: MegatronTrainer) -> None:

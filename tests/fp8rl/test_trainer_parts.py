@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fp8rl.batch import TokenBatch
-from fp8rl.config import parse_config
+from fp8rl.config_file import parse_config
 from fp8rl.distributed import init_distributed
 from fp8rl.errors import BatchError, TrainerError
 from fp8rl.master_adamw import MasterAdamW

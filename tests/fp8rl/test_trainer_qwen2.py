@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fp8rl.config import RunConfig, parse_config
+from fp8rl.config import RunConfig
+from fp8rl.config_file import parse_config
 from fp8rl.distributed import init_distributed
+from fp8rl.engine_settings import EngineSettings
 from fp8rl.megatron_model import hf_config
-from fp8rl.rollout import EngineSettings, RolloutEngine, Sampling
+from fp8rl.rollout import RolloutEngine, Sampling
 from fp8rl.sync.publisher import Publisher
 from fp8rl.trainer import MegatronTrainer
 from tests import helpers

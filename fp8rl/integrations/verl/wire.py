@@ -58,7 +58,7 @@ class Sender:
         plan = settings.plan()
         self._dtypes = {entry.name: entry.dtype for entry in plan.entries}
         self._layout = Layout(plan, settings.kv_layers)
-        self._fp32_as = settings.fp32_as
+        self._how = (settings.fp32_as, plan.scale_format)
         self._last = -1
 
     @property
@@ -88,7 +88,7 @@ class Sender:
         for name, tensor in self._named(weights):
             if name not in self._dtypes:
                 raise SourceError(f"{name}: veRL yields it, and {HEAD!r} aside the model has none")
-            writer.weight(name, encode(name, tensor, self._dtypes[name], self._fp32_as))
+            writer.weight(name, encode(name, tensor, self._dtypes[name], *self._how))
             yield from written
             written.clear()
         refuse_missing(version, self._layout.weights, writer.records)
