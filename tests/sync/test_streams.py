@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fp8rl.batch import TokenBatch
@@ -71,6 +71,7 @@ def test_an_observation_arrives_whole_or_not_at_all() -> None:
 
 
 @settings(deadline=None)
+@example(values=[30.0], scale=0.3)  # 30 * 0.3 / 0.3 is not 30 in fp32
 @given(
     st.lists(st.floats(-600, 600, width=32), min_size=1, max_size=20),
     st.sampled_from([1.0, 0.25, 2.0**-6, 0.3]),
@@ -86,7 +87,8 @@ def test_a_cache_gives_back_the_nearest_number_or_the_next_one_to_zero(
     assert bool((cut * x >= 0).all())
     error = (nearest / scale - scaled).abs()
     to_codes = (scaled.abs()[:, None] - CODES).abs().amin(1)
-    assert torch.allclose(error, to_codes, rtol=1e-5, atol=1e-6)
+    fp32_noise = 2.0**-22 * scaled.abs()  # of the two divisions here
+    assert bool(((error - to_codes).abs() <= fp32_noise).all())
 
 
 def test_layers_that_are_given_their_own_stream_give_it_again(trainer: MegatronTrainer) -> None:
