@@ -58,9 +58,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fp8rl.calibration import Calibration
-from fp8rl.config import RunConfig
-from fp8rl.config_file import load_config
-from fp8rl.doctor import check_machine
+from fp8rl.config.file import load_config
+from fp8rl.config.run import RunConfig
+from fp8rl.doctor.machine import check_machine
 from fp8rl.errors import ConfigError, RunDirError
 from fp8rl.loop import step
 from fp8rl.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, VERMILION

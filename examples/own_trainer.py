@@ -13,9 +13,9 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from fp8rl.correction import TIS, PPOClip, correct, group_advantages, policy_loss
-from fp8rl.engine_settings import EngineSettings
+from fp8rl.engine.rollout import RolloutEngine, Sample, Sampling
+from fp8rl.engine.settings import EngineSettings
 from fp8rl.quant import KVCalibrator, KVScaleRule, KVScales
-from fp8rl.rollout import RolloutEngine, Sample, Sampling
 from fp8rl.sync import HuggingFaceQKV, IterableSource, Publisher
 
 STEPS, GROUP, TOKENS, EOS = 12, 8, 16, 1

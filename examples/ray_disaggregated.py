@@ -54,10 +54,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
 
 from fp8rl.correction import TIS, PPOClip, correct, count, group_advantages, policy_loss
-from fp8rl.engine_settings import EngineSettings
+from fp8rl.engine.rollout import RolloutEngine, Sample, Sampling
+from fp8rl.engine.settings import EngineSettings
 from fp8rl.errors import EngineDiedError, StaleWeightsError
 from fp8rl.quant import KVCalibrator, KVScaleRule
-from fp8rl.rollout import RolloutEngine, Sample, Sampling
 from fp8rl.sync import Broadcast, EngineCallError, HuggingFaceQKV, Publisher, SyncReport
 from fp8rl.sync.fsdp import FSDPSource
 

@@ -25,13 +25,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fp8rl.batch import TokenBatch
-from fp8rl.config_rollout import KVScaleConfig
+from fp8rl.config.rollout import KVScaleConfig
+from fp8rl.engine.rollout import RolloutEngine
 from fp8rl.errors import EngineError
-from fp8rl.micro_batch import bounded
 from fp8rl.quant import E4M3_MAX, QKV, KVCalibrator, KVObservation, KVObserver, KVScales
-from fp8rl.rollout import RolloutEngine
 from fp8rl.run_dir import Metrics
-from fp8rl.trainer import MegatronTrainer
+from fp8rl.trainer.megatron import MegatronTrainer
+from fp8rl.trainer.micro_batch import bounded
 
 LAYERS_SHOWN = 5
 ANEW = 4  # times the tokens, where the scales before were bad

@@ -25,8 +25,8 @@ from fp8rl.quantize_cli import QUANTIZE_EXAMPLES, quantize
 from fp8rl.stability.cli import STABILITY_EXAMPLES, stability
 
 if TYPE_CHECKING:
-    from fp8rl.config import RunConfig
-    from fp8rl.doctor import Finding
+    from fp8rl.config.run import RunConfig
+    from fp8rl.doctor.machine import Finding
 
 app = typer.Typer(
     help="FP8 rollouts for reinforcement learning on language models: quantized weight sync, a "
@@ -217,8 +217,8 @@ def doctor(
         raise typer.Exit(_examine_run(run_dir, as_json))
     from rich.console import Console
 
-    from fp8rl.doctor import examine
-    from fp8rl.doctor_engine import examine_engine
+    from fp8rl.doctor.engine import examine_engine
+    from fp8rl.doctor.machine import examine
 
     findings = examine()
     if engine:
@@ -236,7 +236,7 @@ def doctor(
 def _run_config(
     config: Path | None, overrides: Sequence[str], precision: str | None, resume: Path | None
 ) -> RunConfig:
-    from fp8rl.config_file import load_config
+    from fp8rl.config.file import load_config
     from fp8rl.errors import ConfigError
     from fp8rl.run_dir import RunDir
 
@@ -256,7 +256,7 @@ def _run_config(
 
 def _check(run: RunConfig, *, fresh: bool) -> None:
     """Refuse what cannot work, before any process starts."""
-    from fp8rl.doctor import check_machine
+    from fp8rl.doctor.machine import check_machine
     from fp8rl.errors import RunDirError
     from fp8rl.run_dir import RunDir
     from fp8rl.task import DigitTask
@@ -295,7 +295,7 @@ def _examine_run(run_dir: Path, as_json: bool) -> int:
     with _exit_codes():
         from rich.console import Console
 
-        from fp8rl.kv_health import health_table, kv_health
+        from fp8rl.doctor.kv_health import health_table, kv_health
 
         health = kv_health(run_dir)
     if as_json:

@@ -9,7 +9,7 @@ Version v of the policy is the policy after v steps. A step
     drift      where it is due: which layers of the engine compute otherwise, and why (drift.py)
     score      the same tokens under the trainer's version v; what the KV scales clip and lose
     train      importance weights for the difference between the two, and the corrected loss
-               (``learning.py``) -> version v + 1
+               (``trainer/learning.py``) -> version v + 1
 
 so every token is sampled by the weights being trained; or, where ``rollout.segment_tokens`` cuts
 long responses, by those of the step that made it (``segments.py``). The last version is published
@@ -25,16 +25,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fp8rl.config import RunConfig
-from fp8rl.drift_answer import tightened
-from fp8rl.learning import learn
+from fp8rl.config.run import RunConfig
+from fp8rl.drift.answer import tightened
+from fp8rl.engine.rollout import RolloutEngine, Sampling
 from fp8rl.quant import KVScales
-from fp8rl.rollout import RolloutEngine, Sampling
 from fp8rl.rollout_batch import RolloutBatch, examples_batch, rollout_batch, share
 from fp8rl.routing import compare_routes
 from fp8rl.run_dir import Metrics
 from fp8rl.session import OpenEngine, Session, open_session
 from fp8rl.stopping import StopRequest
+from fp8rl.trainer.learning import learn
 
 
 def train(

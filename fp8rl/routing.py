@@ -22,10 +22,10 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from fp8rl.batch import TokenBatch
-from fp8rl.micro_batch import bounded
-from fp8rl.rollout import RolloutEngine
+from fp8rl.engine.rollout import RolloutEngine
 from fp8rl.run_dir import Metrics
-from fp8rl.trainer import MegatronTrainer
+from fp8rl.trainer.megatron import MegatronTrainer
+from fp8rl.trainer.micro_batch import bounded
 
 PROBE_TOKENS = 512  # 4,096 choices in a model of 4 layers with 2 experts a token
 

@@ -29,8 +29,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fp8rl.engine.rollout import Sample, Segment
 from fp8rl.errors import EngineError, StaleWeightsError
-from fp8rl.rollout import Sample, Segment
 from fp8rl.task import TokenIds
 
 # Torch's CPU generator reads the low 32 bits of a seed. These odd steps (the first 2^32 / golden

@@ -20,24 +20,24 @@ from rich.console import Console
 from fp8rl import checkpoint
 from fp8rl.batch import TokenBatch
 from fp8rl.calibration import Calibration
-from fp8rl.config import RunConfig
-from fp8rl.config_file import dump_config
-from fp8rl.config_rollout import FP8_CACHE
-from fp8rl.distributed import init_distributed
-from fp8rl.drift import DriftWatch
-from fp8rl.engine_settings import EngineSettings
+from fp8rl.config.file import dump_config
+from fp8rl.config.rollout import FP8_CACHE
+from fp8rl.config.run import RunConfig
+from fp8rl.drift.watch import DriftWatch
+from fp8rl.engine.rollout import RolloutEngine
+from fp8rl.engine.settings import EngineSettings
 from fp8rl.environment import environment
-from fp8rl.megatron_model import hf_config
 from fp8rl.progress import Progress
 from fp8rl.report.summary import closing_table, result, write_report
 from fp8rl.report.words import describe
-from fp8rl.rollout import RolloutEngine
 from fp8rl.rollout_batch import prompts_batch, width
 from fp8rl.run_dir import Metrics, RunDir
 from fp8rl.segments import Bounds, SegmentPool, first_seed
 from fp8rl.sync.publisher import Publisher
 from fp8rl.task import DigitTask, TokenIds
-from fp8rl.trainer import MegatronTrainer
+from fp8rl.trainer.distributed import init_distributed
+from fp8rl.trainer.megatron import MegatronTrainer
+from fp8rl.trainer.megatron_model import hf_config
 from fp8rl.warm_up import demonstrations, load_start, warm_up
 
 OpenEngine = Callable[[EngineSettings, Path], AbstractContextManager[RolloutEngine]]

@@ -19,8 +19,8 @@ import hashlib
 import random
 from collections.abc import Callable, Sequence
 
-from fp8rl.config import TaskConfig
-from fp8rl.config_model import VOCAB_MULTIPLE
+from fp8rl.config.model import VOCAB_MULTIPLE
+from fp8rl.config.run import TaskConfig
 from fp8rl.errors import ConfigError
 
 TokenIds = tuple[int, ...]

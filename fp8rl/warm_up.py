@@ -21,13 +21,13 @@ from torch import Tensor
 
 from fp8rl import checkpoint
 from fp8rl.batch import TokenBatch
-from fp8rl.config import RunConfig
-from fp8rl.distributed import init_distributed
+from fp8rl.config.run import RunConfig
 from fp8rl.errors import CheckpointError
 from fp8rl.progress import Progress
 from fp8rl.rollout_batch import examples_batch
 from fp8rl.task import DigitTask
-from fp8rl.trainer import MegatronTrainer
+from fp8rl.trainer.distributed import init_distributed
+from fp8rl.trainer.megatron import MegatronTrainer
 
 
 def warm_up(

@@ -16,7 +16,7 @@ nothing while it is set. Prefix-cache reset needs the scheduler and is done by t
 after the commit.
 
 What a worker cannot take it refuses without raising: ``report`` says why, and whoever drives the
-engine asks for it after every call (``engine_server.py``, ``vllm_engines.py``).
+engine asks for it after every call (``engine/server.py``, ``vllm_engines.py``).
 
 A trainer that dies in the midst leaves an update that was applied and not committed: nothing is
 served until it is undone, by ``abandon`` or by the next publisher that introduces itself.

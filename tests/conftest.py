@@ -10,8 +10,6 @@ from jaxtyping import install_import_hook
 ROOT = Path(__file__).parents[1]
 PYDANTIC = {
     "config",
-    "config_model",
-    "config_rollout",
     "kv_rule",
     "manifest",
     "stages",

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fp8rl.engine_settings import EngineSettings
+from fp8rl.engine.settings import EngineSettings
 from fp8rl.quant import KVScales, QuantPlan
 from fp8rl.sync.source import IterableSource
 

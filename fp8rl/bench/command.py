@@ -174,7 +174,7 @@ def kv_scales(
     from fp8rl.bench.kv_scales import bench_kv_scales
     from fp8rl.bench.kv_scales_forward import SHAPES
     from fp8rl.bench.kv_scales_report import print_result, save_picture
-    from fp8rl.config import RunConfig, WarmupConfig
+    from fp8rl.config.run import RunConfig, WarmupConfig
 
     if (model, measured_by) == ("none", "none"):
         typer.echo("fp8rl: --model none and --measured-by none leave nothing to measure", err=True)
@@ -225,7 +225,7 @@ def density(
 
     from fp8rl.bench.density import bench_density
     from fp8rl.bench.density_report import print_result, save_picture
-    from fp8rl.config import RunConfig
+    from fp8rl.config.run import RunConfig
 
     folder = out or Path("runs") / f"bench-density-{datetime.now():%Y%m%d-%H%M%S}"
     make(folder)

@@ -34,7 +34,7 @@ from fp8rl.bench.density_simulated import (
 )
 from fp8rl.bench.density_theory import Expected
 from fp8rl.bench.result import BenchResult, Ratio, device_name
-from fp8rl.config import RunConfig
+from fp8rl.config.run import RunConfig
 
 RATES = (1e-6, 3e-6, 1e-5)
 ROUNDS = 3  # of other Gaussian masters

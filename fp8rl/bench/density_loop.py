@@ -27,11 +27,11 @@ from fp8rl.bench.density_count import (
     kind_of,
 )
 from fp8rl.bench.density_theory import Expected, expected_changes
-from fp8rl.config import RunConfig
+from fp8rl.config.run import RunConfig
 from fp8rl.loop import step
 from fp8rl.quant import QuantPlan
 from fp8rl.session import Session, engine_settings, open_session
-from fp8rl.trainer import MegatronTrainer
+from fp8rl.trainer.megatron import MegatronTrainer
 
 SETTLING = 20  # steps, as long as the longer of Adam's memories
 MASTER = "master/"  # masters in the trainer's state

@@ -19,7 +19,7 @@ import torch
 from fp8rl.bench.kv_scales_forward import AMAX, Shape, Timing, bench_forward
 from fp8rl.bench.kv_scales_step import StepCost, bench_steps
 from fp8rl.bench.result import BenchResult, Ratio, device_name
-from fp8rl.config import RunConfig
+from fp8rl.config.run import RunConfig
 
 HOOK_GOAL = 0.98  # at most 2 % of a forward for the hook itself
 STEP_GOAL = 0.97  # at most 3 % of a step (2-3 % is what NVIDIA's blog on NeMo-RL reports)

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from fp8rl.bench.timing import take_turns
-from fp8rl.config import RunConfig
-from fp8rl.config_model import VOCAB_MULTIPLE, ModelConfig
-from fp8rl.distributed import init_distributed
-from fp8rl.megatron_cpu import cpu_stands_in
-from fp8rl.megatron_model import build_model, hf_config
+from fp8rl.config.model import VOCAB_MULTIPLE, ModelConfig
+from fp8rl.config.run import RunConfig
 from fp8rl.quant import KVObserver, KVScales
 from fp8rl.sync.qkv_hugging_face import HuggingFaceQKV
 from fp8rl.sync.qkv_megatron import MegatronQKV
 from fp8rl.sync.qkv_source import QKVSource
+from fp8rl.trainer.distributed import init_distributed
+from fp8rl.trainer.megatron_cpu import cpu_stands_in
+from fp8rl.trainer.megatron_model import build_model, hf_config
 
 ALONE = "alone"
 AMAX, PERCENTILE, RATES = "amax", "percentile", "amax and rates"  # rates: what scales in use clip

@@ -16,7 +16,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
-from fp8rl.config import RunConfig
+from fp8rl.config.run import RunConfig
 from fp8rl.loop import step
 from fp8rl.run_dir import Metrics
 from fp8rl.session import Session, open_session

@@ -23,12 +23,12 @@ from typing import Any, Self
 import psutil
 
 from fp8rl.bench import memory
-from fp8rl.config_rollout import Activations, Precision
-from fp8rl.engine_settings import EngineSettings
+from fp8rl.config.rollout import Activations, Precision
+from fp8rl.engine.rollout import RolloutEngine, Sampling
+from fp8rl.engine.settings import EngineSettings
 from fp8rl.errors import EngineError
 from fp8rl.quant import KVCalibrator, KVScaleRule
 from fp8rl.quant.kv_scales import KVScales
-from fp8rl.rollout import RolloutEngine, Sampling
 from fp8rl.sync import IterableSource, Publisher
 
 BF16, FP8, W8A8, KV_ONLY, FP8_KV = "bf16", "fp8", "fp8-w8a8", "kv-only", "fp8-kv"

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from fp8rl.engine_process import main
-from fp8rl.engine_server import EngineServer
+from fp8rl.engine.process import main
+from fp8rl.engine.server import EngineServer
 
 
 class RolloutServer(EngineServer):

@@ -11,7 +11,7 @@ import numpy as np
 
 from fp8rl.bench.result import Ratio
 from fp8rl.bench.rollout_arms import ARMS, BF16, FP8, Point, Round, Turn
-from fp8rl.config_rollout import FP8_CACHE
+from fp8rl.config.rollout import FP8_CACHE
 
 SMALL_BATCH, SMALL_GOAL, LARGE_BATCH, LARGE_GOAL = 8, 1.25, 32, 1.0
 GOAL_WEIGHTS = (0.25e9, 0.7e9)

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from fp8rl.bench import sync_model
 from fp8rl.bench.sync_model import PROCESS_BYTES, SIGMA, Shape
-from fp8rl.config_model import ModelConfig
-from fp8rl.engine_settings import EngineSettings
+from fp8rl.config.model import ModelConfig
+from fp8rl.engine.settings import EngineSettings
 from fp8rl.errors import ConfigError
 from fp8rl.quant import QuantPlan
 from fp8rl.quant.checkpoint import Checkpoint

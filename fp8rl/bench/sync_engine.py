@@ -27,8 +27,8 @@ from torch import Tensor
 from fp8rl.bench import memory
 from fp8rl.bench.quant_ways import vllm_cast
 from fp8rl.bench.sync_bytes import Bucket, Layout, timed_fingerprints, views
-from fp8rl.engine_process import main
-from fp8rl.engine_server import EngineServer
+from fp8rl.engine.process import main
+from fp8rl.engine.server import EngineServer
 from fp8rl.sync.engine_state import differences, expected_tensors, load
 from fp8rl.sync.segment import Segment
 

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from fp8rl.bench.density_simulated import adam_update
-from fp8rl.config_model import ModelConfig
-from fp8rl.engine_settings import EngineSettings
-from fp8rl.megatron_model import hf_config
+from fp8rl.config.model import ModelConfig
+from fp8rl.engine.settings import EngineSettings
 from fp8rl.quant import QuantPlan
+from fp8rl.trainer.megatron_model import hf_config
 
 SIGMA, LEARNING_RATE = 0.02, 1e-6
 MAX_TOKENS = 512  # of a sequence; nothing is generated

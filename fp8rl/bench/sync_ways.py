@@ -33,10 +33,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fp8rl.bench.sync_bytes import lay_out, timed_fingerprints, views
-from fp8rl.engine_settings import EngineSettings
+from fp8rl.engine.rollout import RolloutEngine
+from fp8rl.engine.settings import EngineSettings
 from fp8rl.errors import EngineError
 from fp8rl.quant import FP32Source, QuantizedTensor, QuantPlan
-from fp8rl.rollout import RolloutEngine
 from fp8rl.sync import IterableSource, Publisher
 from fp8rl.sync.admission import as_bytes
 from fp8rl.sync.segment import Segment

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from statistics import fmean
 
-from fp8rl.config_rollout import FP8_CACHE
+from fp8rl.config.rollout import FP8_CACHE
 from fp8rl.report.check import OURS, Check
 from fp8rl.report.data import RunData
 from fp8rl.report.page import Source, State

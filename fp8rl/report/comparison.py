@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from fp8rl.config import RunConfig
+from fp8rl.config.run import RunConfig
 from fp8rl.errors import RunDirError
 from fp8rl.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
 from fp8rl.report.data import RunData

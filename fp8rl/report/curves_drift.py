@@ -30,7 +30,7 @@ SOURCE_COLOURS = {
     "unexplained": VERMILION,
 }
 SPAN = 1e-3, 1.0  # of the colours, shares of what a layer adds
-WHERE = "fp8rl/drift_parts.py"
+WHERE = "fp8rl/drift/parts.py"
 
 
 def probed(metrics: Sequence[Metrics]) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fp8rl.config_rollout import FP8_CACHE
+from fp8rl.config.rollout import FP8_CACHE
 from fp8rl.report.data import RunData
 from fp8rl.report.page import Fact, Source
 from fp8rl.report.words import mib, percent, show

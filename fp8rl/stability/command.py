@@ -12,7 +12,7 @@ import psutil
 import typer
 from rich.console import Console
 
-from fp8rl.doctor import check_machine
+from fp8rl.doctor.machine import check_machine
 from fp8rl.environment import usable_cores
 from fp8rl.errors import ConfigError, RunDirError, StudyError
 from fp8rl.lifeline import STOPPED

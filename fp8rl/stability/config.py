@@ -20,9 +20,9 @@ from typing import Any, Self
 from pydantic import Field, PositiveFloat, PositiveInt
 from pydantic import model_validator as check
 
-from fp8rl.config import RunConfig
-from fp8rl.config_file import load, parse, set_key
-from fp8rl.config_model import Frozen
+from fp8rl.config.file import load, parse, set_key
+from fp8rl.config.model import Frozen
+from fp8rl.config.run import RunConfig
 from fp8rl.errors import ConfigError
 
 OURS = ("seed", "run_dir", "warmup.start_from")  # keys that the study sets for each run
@@ -87,7 +87,7 @@ def load_study(path: Path, overrides: list[str]) -> StudyConfig:
     """Read a study's YAML file, apply ``a.b=c`` overrides, validate it and every arm.
 
     Raises:
-        ConfigError: see ``config_file.load``; the message names the arm.
+        ConfigError: see ``config/file.py``; the message names the arm.
     """
     study = load(StudyConfig, path, overrides)
     parse(RunConfig, deepcopy(study.run), origin=f"{path}: run")

@@ -27,16 +27,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fp8rl.config_file import parse_config
+from fp8rl.config.file import parse_config
 from fp8rl.lifeline import ends_at_once
 
 with ends_at_once():
     from fp8rl.correction import CorrectionError
-    from fp8rl.engine_settings import EngineSettings
+    from fp8rl.engine.rollout import RolloutEngine
+    from fp8rl.engine.settings import EngineSettings
     from fp8rl.errors import TrainerError
     from fp8rl.loop import train
     from fp8rl.quant import KVScaleError, NonFiniteWeightError
-    from fp8rl.rollout import RolloutEngine
     from fp8rl.warm_up import make_start
 
 NUMERICAL = (TrainerError, KVScaleError, NonFiniteWeightError, CorrectionError)

@@ -21,8 +21,8 @@ from typing import Literal, Self
 
 import yaml
 
-from fp8rl.config import RunConfig
-from fp8rl.config_file import load_config, parse_config
+from fp8rl.config.file import load_config, parse_config
+from fp8rl.config.run import RunConfig
 from fp8rl.errors import RunDirError
 from fp8rl.run_dir import RunDir, write_file
 from fp8rl.stability.config import StudyConfig

@@ -20,7 +20,7 @@ from typing import Any, Self
 from rich.table import Table
 from rich.text import Text
 
-from fp8rl.config_file import dump_config
+from fp8rl.config.file import dump_config
 from fp8rl.environment import environment
 from fp8rl.errors import RunDirError
 from fp8rl.report.words import show

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fp8rl.config_file import parse_config
-from fp8rl.distributed import init_distributed
-from fp8rl.megatron_cpu import cpu_stands_in
-from fp8rl.megatron_model import hf_config
+from fp8rl.config.file import parse_config
 from fp8rl.quant import QuantPlan
 from fp8rl.sync.publisher import Publisher
-from fp8rl.trainer import MegatronTrainer
+from fp8rl.trainer.distributed import init_distributed
+from fp8rl.trainer.megatron import MegatronTrainer
+from fp8rl.trainer.megatron_cpu import cpu_stands_in
+from fp8rl.trainer.megatron_model import hf_config
 from tests.sync.test_publisher import Recorder
 
 VOCAB = 64

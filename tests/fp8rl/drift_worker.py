@@ -1,6 +1,6 @@
 """The rollout engine's process with a request that damages its live model.
 
-Usage: as ``fp8rl.engine_process``, for which it stands in ``RolloutEngine(..., module=...)``.
+Usage: as ``fp8rl.engine.process``, for which it stands in ``RolloutEngine(..., module=...)``.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from fp8rl.engine_process import main
-from fp8rl.engine_server import EngineServer
+from fp8rl.engine.process import main
+from fp8rl.engine.server import EngineServer
 
 
 class Damaged(EngineServer):

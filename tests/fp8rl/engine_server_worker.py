@@ -29,7 +29,7 @@ class Bench:
     """A live engine and the way to it."""
 
     def __init__(self, folder: Path) -> None:
-        from fp8rl.engine_server import EngineServer
+        from fp8rl.engine.server import EngineServer
         from fp8rl.sync.publisher import Publisher
 
         settings = helpers.settings()
@@ -60,7 +60,7 @@ class Bench:
 
 
 def main(folder: Path) -> None:
-    from fp8rl.engine_channel import ENVIRONMENT
+    from fp8rl.engine.channel import ENVIRONMENT
 
     os.environ.update(ENVIRONMENT)
     bench = Bench(folder)

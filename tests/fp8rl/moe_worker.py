@@ -17,15 +17,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fp8rl.batch import TokenBatch
-from fp8rl.config import RunConfig
-from fp8rl.config_file import parse_config
-from fp8rl.distributed import init_distributed
-from fp8rl.megatron_model import hf_config
+from fp8rl.config.file import parse_config
+from fp8rl.config.run import RunConfig
 from fp8rl.quant import Box, KVObserver, QuantizedTensor, QuantPlan
 from fp8rl.sync.local_shard import LocalShard
 from fp8rl.sync.sharded_source import ShardedSource
 from fp8rl.sync.source import TensorMeta, encoded
-from fp8rl.trainer import MegatronTrainer
+from fp8rl.trainer.distributed import init_distributed
+from fp8rl.trainer.megatron import MegatronTrainer
+from fp8rl.trainer.megatron_model import hf_config
 
 VOCAB = 64
 EXPERTS = 4

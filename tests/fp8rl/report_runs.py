@@ -9,8 +9,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from fp8rl.config import RunConfig
-from fp8rl.config_file import dump_config
+from fp8rl.config.file import dump_config
+from fp8rl.config.run import RunConfig
 from fp8rl.run_dir import RunDir
 
 Metrics = dict[str, float | int | str]

@@ -275,6 +275,6 @@ def _segments(pid: int) -> set[int]:
 
 def _is_engine(process: psutil.Process) -> bool:
     try:
-        return "fp8rl.engine_process" in process.cmdline()
+        return "fp8rl.engine.process" in process.cmdline()
     except psutil.Error:
         return False

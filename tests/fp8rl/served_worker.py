@@ -12,7 +12,7 @@ import sys
 
 
 def main(checkpoint: str) -> None:
-    from fp8rl.engine_channel import ENVIRONMENT
+    from fp8rl.engine.channel import ENVIRONMENT
 
     os.environ.update(ENVIRONMENT)
     from vllm import LLM, SamplingParams

@@ -17,8 +17,8 @@ from fp8rl.bench.density_report import print_result, save_picture
 from fp8rl.bench.density_simulated import measure_from_checkpoint, measure_settled
 from fp8rl.bench.density_theory import Expected, bf16_spacing, fp8_spacing
 from fp8rl.bench.result import BenchResult
-from fp8rl.config import RunConfig
-from fp8rl.config_file import parse_config
+from fp8rl.config.file import parse_config
+from fp8rl.config.run import RunConfig
 from fp8rl.run_dir import RunDir
 from tests.fp8rl.run_helpers import TINY
 

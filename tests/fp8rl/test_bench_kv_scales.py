@@ -15,8 +15,8 @@ from fp8rl.bench.kv_scales_report import print_result, save_picture
 from fp8rl.bench.kv_scales_step import WARMUP_STEPS, StepCost
 from fp8rl.bench.result import BenchResult
 from fp8rl.cli import app
-from fp8rl.config_file import parse_config
-from fp8rl.config_model import ModelConfig
+from fp8rl.config.file import parse_config
+from fp8rl.config.model import ModelConfig
 from fp8rl.run_dir import RunDir
 from tests.fp8rl.run_helpers import TINY
 

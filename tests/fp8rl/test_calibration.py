@@ -11,12 +11,12 @@ import torch
 
 from fp8rl.batch import TokenBatch
 from fp8rl.calibration import Calibration
-from fp8rl.config import RunConfig
-from fp8rl.config_file import parse_config
-from fp8rl.distributed import init_distributed
+from fp8rl.config.file import parse_config
+from fp8rl.config.run import RunConfig
 from fp8rl.errors import EngineError, TrainerError
 from fp8rl.quant import KVScaleError, KVScales
-from fp8rl.trainer import MegatronTrainer
+from fp8rl.trainer.distributed import init_distributed
+from fp8rl.trainer.megatron import MegatronTrainer
 
 VOCAB = 64
 SHAPE = {"num_layers": 2, "hidden_size": 128, "ffn_hidden_size": 256, "init_std": 0.1}

@@ -17,10 +17,11 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from fp8rl import cli, doctor
-from fp8rl.config import RunConfig
-from fp8rl.config_file import dump_config, load_config
-from fp8rl.config_rollout import Precision
+from fp8rl import cli
+from fp8rl.config.file import dump_config, load_config
+from fp8rl.config.rollout import Precision
+from fp8rl.config.run import RunConfig
+from fp8rl.doctor import machine as doctor
 from fp8rl.errors import ConfigError, EngineDiedError
 
 Loop = Callable[[RunConfig, bool, str], Path]

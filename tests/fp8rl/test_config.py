@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fp8rl.config import RunConfig
-from fp8rl.config_file import dump_config, load_config, parse_config
+from fp8rl.config.file import dump_config, load_config, parse_config
+from fp8rl.config.run import RunConfig
 from fp8rl.correction import MIS, PRESETS, TIS, CorrectionConfig, PPOClip, Reject
 from fp8rl.errors import ConfigError
 

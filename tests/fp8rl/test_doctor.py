@@ -8,11 +8,11 @@ from typing import Any, ClassVar, get_args
 import pytest
 import torch
 
-from fp8rl.config import RunConfig
-from fp8rl.config_rollout import Precision
-from fp8rl.doctor import MODULES, Finding, Machine, check_machine, examine
-from fp8rl.doctor_engine import examine_engine
-from fp8rl.engine_settings import EngineSettings
+from fp8rl.config.rollout import Precision
+from fp8rl.config.run import RunConfig
+from fp8rl.doctor.engine import examine_engine
+from fp8rl.doctor.machine import MODULES, Finding, Machine, check_machine, examine
+from fp8rl.engine.settings import EngineSettings
 from fp8rl.errors import ConfigError, EngineDiedError, EngineError
 from fp8rl.sync.segment import Segment
 
@@ -202,7 +202,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> type[StubEngine]:
     class Stub(StubEngine):
         started: ClassVar[list[EngineSettings]] = []
 
-    monkeypatch.setattr("fp8rl.doctor_engine.RolloutEngine", Stub)
+    monkeypatch.setattr("fp8rl.doctor.engine.RolloutEngine", Stub)
     return Stub
 
 

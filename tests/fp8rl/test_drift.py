@@ -9,17 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp8rl.config import RunConfig
-from fp8rl.config_file import parse_config
-from fp8rl.distributed import init_distributed
-from fp8rl.drift import LIMITS, DriftWatch
-from fp8rl.drift_answer import tightened
-from fp8rl.drift_parts import TRAINER, compare
+from fp8rl.config.file import parse_config
+from fp8rl.config.run import RunConfig
+from fp8rl.drift.answer import tightened
+from fp8rl.drift.parts import TRAINER, compare
+from fp8rl.drift.watch import LIMITS, DriftWatch
 from fp8rl.errors import ConfigError
-from fp8rl.megatron_model import hf_config
 from fp8rl.quant import QuantPlan
 from fp8rl.sync.streams import StreamObservation
-from fp8rl.trainer import MegatronTrainer
+from fp8rl.trainer.distributed import init_distributed
+from fp8rl.trainer.megatron import MegatronTrainer
+from fp8rl.trainer.megatron_model import hf_config
 
 TOKENS, LAYERS, HIDDEN = 6, 2, 8
 ALL = torch.ones(TOKENS, dtype=torch.bool)

@@ -12,17 +12,17 @@ import pytest
 import torch
 
 from fp8rl.batch import TokenBatch
-from fp8rl.config import RunConfig
-from fp8rl.config_file import parse_config
-from fp8rl.distributed import init_distributed
-from fp8rl.drift import DriftWatch
-from fp8rl.engine_settings import EngineSettings
+from fp8rl.config.file import parse_config
+from fp8rl.config.run import RunConfig
+from fp8rl.drift.watch import DriftWatch
+from fp8rl.engine.rollout import RolloutEngine, Sampling
+from fp8rl.engine.settings import EngineSettings
 from fp8rl.errors import EngineError, StaleWeightsError
-from fp8rl.megatron_model import hf_config
 from fp8rl.quant import KVCalibrator, KVScales
-from fp8rl.rollout import RolloutEngine, Sampling
 from fp8rl.sync.publisher import Publisher
-from fp8rl.trainer import MegatronTrainer
+from fp8rl.trainer.distributed import init_distributed
+from fp8rl.trainer.megatron import MegatronTrainer
+from fp8rl.trainer.megatron_model import hf_config
 
 VOCAB, LAYERS = 64, 2
 MOE = {

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from fp8rl.calibration import Calibration
-from fp8rl.config import RunConfig
-from fp8rl.config_file import dump_config, parse_config
-from fp8rl.engine_settings import EngineSettings
+from fp8rl.config.file import dump_config, parse_config
+from fp8rl.config.run import RunConfig
+from fp8rl.engine.rollout import RolloutEngine
+from fp8rl.engine.settings import EngineSettings
 from fp8rl.loop import train
 from fp8rl.quant import KVCalibrator, KVScales
-from fp8rl.rollout import RolloutEngine
 from fp8rl.sync.streams import StreamObservation
 from tests.fp8rl.run_helpers import TINY, Command, metrics
 

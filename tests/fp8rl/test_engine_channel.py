@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from fp8rl.engine_channel import EngineChannel
+from fp8rl.engine.channel import EngineChannel
 from fp8rl.errors import EngineDiedError
 
 

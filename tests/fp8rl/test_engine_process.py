@@ -13,11 +13,11 @@ import psutil
 import pytest
 import torch
 
-from fp8rl.engine_process import Lines
+from fp8rl.engine.process import Lines
+from fp8rl.engine.rollout import RolloutEngine, Sampling
 from fp8rl.errors import EngineError, StaleWeightsError
 from fp8rl.quant import KVScaleError, KVScales
 from fp8rl.quant.kv_observation import KVObservation
-from fp8rl.rollout import RolloutEngine, Sampling
 from fp8rl.sync.publisher import Publisher
 from tests import helpers
 

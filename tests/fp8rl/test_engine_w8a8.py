@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from fp8rl.config_file import parse_config
-from fp8rl.engine_settings import EngineSettings
+from fp8rl.config.file import parse_config
+from fp8rl.engine.rollout import RolloutEngine, Sample, Sampling
+from fp8rl.engine.settings import EngineSettings
 from fp8rl.errors import ConfigError, EngineError
 from fp8rl.report.words import describe
-from fp8rl.rollout import RolloutEngine, Sample, Sampling
 from fp8rl.sync.publisher import Publisher
 from fp8rl.sync.source import IterableSource
 from tests import helpers

@@ -13,8 +13,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from fp8rl.cli import app
+from fp8rl.doctor.kv_health import kv_health
 from fp8rl.errors import RunDirError
-from fp8rl.kv_health import kv_health
 from fp8rl.run_dir import Metrics, RunDir
 
 LIMIT = 1e-3

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from fp8rl.batch import TokenBatch
-from fp8rl.config import RunConfig
-from fp8rl.config_file import parse_config
+from fp8rl.config.file import parse_config
+from fp8rl.config.run import RunConfig
 from fp8rl.correction import PPOClip, correct, group_advantages, policy_loss
-from fp8rl.distributed import init_distributed
-from fp8rl.learning import learn
 from fp8rl.rollout_batch import RolloutBatch
-from fp8rl.trainer import MegatronTrainer
+from fp8rl.trainer.distributed import init_distributed
+from fp8rl.trainer.learning import learn
+from fp8rl.trainer.megatron import MegatronTrainer
 
 VOCAB, ROWS, TIME, GROUP = 64, 16, 12, 4
 LOSSES: list[dict[str, Any]] = [

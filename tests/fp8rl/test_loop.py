@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from fp8rl.config_file import load_config
-from fp8rl.distributed import init_distributed
+from fp8rl.config.file import load_config
 from fp8rl.report.glossary import UNDEFINED, definition
 from fp8rl.stopping import StopRequest
+from fp8rl.trainer.distributed import init_distributed
 from tests.fp8rl.conftest import Whole
 from tests.fp8rl.run_helpers import STEPS, TINY, Command, metrics, write_config
 

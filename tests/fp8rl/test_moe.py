@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from fp8rl.batch import TokenBatch
-from fp8rl.config import RunConfig
-from fp8rl.config_file import load_config, parse_config
-from fp8rl.config_model import ModelConfig
-from fp8rl.distributed import init_distributed
-from fp8rl.engine_settings import EngineSettings
+from fp8rl.config.file import load_config, parse_config
+from fp8rl.config.model import ModelConfig
+from fp8rl.config.run import RunConfig
+from fp8rl.engine.settings import EngineSettings
 from fp8rl.errors import ConfigError
-from fp8rl.megatron_cpu import EXPERT_ROWS, cpu_stands_in
-from fp8rl.megatron_model import hf_config
 from fp8rl.quant import QuantPlan, QuantPlanError, dequantize_blockwise, quantize_blockwise
 from fp8rl.report.words import describe
 from fp8rl.sync.source import IterableSource, encoded
-from fp8rl.trainer import MegatronTrainer
+from fp8rl.trainer.distributed import init_distributed
+from fp8rl.trainer.megatron import MegatronTrainer
+from fp8rl.trainer.megatron_cpu import EXPERT_ROWS, cpu_stands_in
+from fp8rl.trainer.megatron_model import hf_config
 from tests.fp8rl.test_trainer_aligned import with_fp8_weights
 
 VOCAB = 64

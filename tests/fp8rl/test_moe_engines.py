@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from fp8rl.config_file import parse_config
-from fp8rl.distributed import init_distributed
+from fp8rl.config.file import parse_config
+from fp8rl.engine.rollout import RolloutEngine, Sampling
 from fp8rl.errors import EngineError
-from fp8rl.megatron_model import hf_config
 from fp8rl.quant import KVObserver, KVScales
-from fp8rl.rollout import RolloutEngine, Sampling
 from fp8rl.routing import compare_routes
 from fp8rl.sync.publisher import Publisher
-from fp8rl.trainer import MegatronTrainer
+from fp8rl.trainer.distributed import init_distributed
+from fp8rl.trainer.megatron import MegatronTrainer
+from fp8rl.trainer.megatron_model import hf_config
 from tests.fp8rl.test_moe_routing import LAYERS, VOCAB, batch, config, settings
 
 

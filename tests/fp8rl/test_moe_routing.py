@@ -12,17 +12,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fp8rl.batch import TokenBatch
-from fp8rl.config import RunConfig
-from fp8rl.config_file import parse_config
-from fp8rl.distributed import init_distributed
-from fp8rl.engine_settings import EngineSettings
+from fp8rl.config.file import parse_config
+from fp8rl.config.run import RunConfig
+from fp8rl.engine.rollout import RolloutEngine, Sampling
+from fp8rl.engine.settings import EngineSettings
 from fp8rl.errors import EngineError, StaleWeightsError
-from fp8rl.megatron_model import hf_config
 from fp8rl.quant import dequantize_blockwise, quantize_blockwise
-from fp8rl.rollout import RolloutEngine, Sampling
 from fp8rl.routing import agreement, compare_routes
 from fp8rl.sync.publisher import Publisher
-from fp8rl.trainer import MegatronTrainer
+from fp8rl.trainer.distributed import init_distributed
+from fp8rl.trainer.megatron import MegatronTrainer
+from fp8rl.trainer.megatron_model import hf_config
 
 VOCAB = 64
 LAYERS = 2

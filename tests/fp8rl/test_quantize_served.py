@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
+from fp8rl.engine.rollout import RolloutEngine, Sampling
 from fp8rl.quant.convert import convert_checkpoint
 from fp8rl.quant.convert_plan import ConvertOptions
-from fp8rl.rollout import RolloutEngine, Sampling
 from fp8rl.sync.publisher import Publisher
 from tests import helpers
 from tests.quant import checkpoint_files

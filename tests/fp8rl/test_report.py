@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fp8rl.config import RunConfig
-from fp8rl.config_file import dump_config
+from fp8rl.config.file import dump_config
+from fp8rl.config.run import RunConfig
 from fp8rl.environment import CPU_FEATURES, cpu_features, cpu_model, environment
 from fp8rl.errors import RunDirError
 from fp8rl.report.curves import curves, panels, phase_names

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 from fp8rl import loop
-from fp8rl.config_file import load_config
-from fp8rl.rollout import RolloutEngine, Sample, Segment
+from fp8rl.config.file import load_config
+from fp8rl.engine.rollout import RolloutEngine, Sample, Segment
 from fp8rl.rollout_batch import RolloutBatch
 from fp8rl.segments import SEED_STEP, Group, SegmentPool, first_seed
 from tests.fp8rl.run_helpers import TINY, Command, metrics, numbers, write_config

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fp8rl.config import TaskConfig
-from fp8rl.config_file import parse_config
+from fp8rl.config.file import parse_config
+from fp8rl.config.run import TaskConfig
 from fp8rl.correction import TIS, correct
+from fp8rl.engine.rollout import Sample, Segment
 from fp8rl.errors import EngineError, StaleWeightsError
-from fp8rl.rollout import Sample, Segment
 from fp8rl.segments import SEED_STEP, Bounds, Group, SegmentPool, first_seed
 from fp8rl.session import segment_pool
 from fp8rl.task import DigitTask

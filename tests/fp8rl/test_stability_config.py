@@ -10,7 +10,7 @@ import yaml
 from typer.testing import CliRunner
 
 from fp8rl.cli import app
-from fp8rl.config_file import dump_config, load
+from fp8rl.config.file import dump_config, load
 from fp8rl.errors import ConfigError, RunDirError
 from fp8rl.stability.claims import ARMS
 from fp8rl.stability.config import StudyConfig, load_study

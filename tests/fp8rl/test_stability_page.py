@@ -12,7 +12,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from fp8rl.config_file import dump_config
+from fp8rl.config.file import dump_config
 from fp8rl.stability.config import load_study
 from fp8rl.stability.page import write_page
 from fp8rl.stability.picture import write_picture

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import yaml
 
-from fp8rl.config_file import dump_config, load_config
+from fp8rl.config.file import dump_config, load_config
 from tests.fp8rl.run_helpers import PATIENCE, TINY, Command, metrics, numbers, runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
@@ -114,7 +114,7 @@ def test_kill_minus_9_leaves_no_process(root: Path) -> None:
     study = Study(root)
     study.wait_until(lambda: study.ended() and study.steps_of("none") + study.steps_of("tis") > 14)
     alive = [" ".join(process.cmdline()) for process in study.family if runs(process)]
-    for part in ("fp8rl.stability.lane", "fp8rl.engine_process"):
+    for part in ("fp8rl.stability.lane", "fp8rl.engine.process"):
         assert any(part in command for command in alive), alive
     study.process.kill()
     code, survivors = study.end()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp8rl.config import TaskConfig
+from fp8rl.config.run import TaskConfig
 from fp8rl.errors import ConfigError
 from fp8rl.task import DigitTask
 

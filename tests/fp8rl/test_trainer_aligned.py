@@ -15,14 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fp8rl.batch import TokenBatch
-from fp8rl.config import RunConfig
-from fp8rl.config_file import load_config, parse_config
-from fp8rl.config_rollout import Activations
+from fp8rl.config.file import load_config, parse_config
+from fp8rl.config.rollout import Activations
+from fp8rl.config.run import RunConfig
 from fp8rl.correction import correct
-from fp8rl.distributed import init_distributed
-from fp8rl.engine_settings import EngineSettings
+from fp8rl.engine.rollout import RolloutEngine, Sample, Sampling
+from fp8rl.engine.settings import EngineSettings
 from fp8rl.errors import ConfigError, TrainerError
-from fp8rl.megatron_model import hf_config
 from fp8rl.quant import (
     QuantizedTensor,
     QuantPlan,
@@ -32,9 +31,10 @@ from fp8rl.quant import (
     quantize_blockwise,
 )
 from fp8rl.report.words import describe
-from fp8rl.rollout import RolloutEngine, Sample, Sampling
 from fp8rl.sync.publisher import Publisher
-from fp8rl.trainer import MegatronTrainer
+from fp8rl.trainer.distributed import init_distributed
+from fp8rl.trainer.megatron import MegatronTrainer
+from fp8rl.trainer.megatron_model import hf_config
 from tests.fp8rl.aligned_worker import unevenness
 
 VOCAB = 64

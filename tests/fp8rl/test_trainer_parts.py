@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fp8rl.batch import TokenBatch
-from fp8rl.config_file import parse_config
-from fp8rl.distributed import init_distributed
+from fp8rl.config.file import parse_config
 from fp8rl.errors import BatchError, TrainerError
-from fp8rl.master_adamw import MasterAdamW
-from fp8rl.megatron_cpu import cpu_stands_in
-from fp8rl.micro_batch import cut, sample_rows
+from fp8rl.trainer.distributed import init_distributed
+from fp8rl.trainer.master_adamw import MasterAdamW
+from fp8rl.trainer.megatron_cpu import cpu_stands_in
+from fp8rl.trainer.micro_batch import cut, sample_rows
 
 TOKENS = torch.arange(10).reshape(2, 5)
 MASK = torch.tensor([[False, False, True, True, False], [False, True, True, True, True]])

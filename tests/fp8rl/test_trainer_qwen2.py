@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from fp8rl.config import RunConfig
-from fp8rl.config_file import parse_config
-from fp8rl.distributed import init_distributed
-from fp8rl.engine_settings import EngineSettings
-from fp8rl.megatron_model import hf_config
-from fp8rl.rollout import RolloutEngine, Sampling
+from fp8rl.config.file import parse_config
+from fp8rl.config.run import RunConfig
+from fp8rl.engine.rollout import RolloutEngine, Sampling
+from fp8rl.engine.settings import EngineSettings
 from fp8rl.sync.publisher import Publisher
-from fp8rl.trainer import MegatronTrainer
+from fp8rl.trainer.distributed import init_distributed
+from fp8rl.trainer.megatron import MegatronTrainer
+from fp8rl.trainer.megatron_model import hf_config
 from tests import helpers
 from tests.fp8rl.test_trainer_aligned import token_batch
 

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from fp8rl.config import RunConfig
-from fp8rl.config_file import parse_config
-from fp8rl.distributed import init_distributed
+from fp8rl.config.file import parse_config
+from fp8rl.config.run import RunConfig
 from fp8rl.errors import CheckpointError
-from fp8rl.megatron_model import hf_config
 from fp8rl.quant import QuantPlan
 from fp8rl.task import DigitTask
-from fp8rl.trainer import MegatronTrainer
+from fp8rl.trainer.distributed import init_distributed
+from fp8rl.trainer.megatron import MegatronTrainer
+from fp8rl.trainer.megatron_model import hf_config
 from fp8rl.warm_up import load_start, make_start
 from tests.fp8rl.run_helpers import TINY
 

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fp8rl.batch import TokenBatch
-from fp8rl.config import RunConfig
-from fp8rl.config_file import parse_config
-from fp8rl.distributed import init_distributed
+from fp8rl.config.file import parse_config
+from fp8rl.config.run import RunConfig
 from fp8rl.quant import KVObserver
-from fp8rl.trainer import MegatronTrainer
+from fp8rl.trainer.distributed import init_distributed
+from fp8rl.trainer.megatron import MegatronTrainer
 
 VOCAB = 64
 

@@ -79,7 +79,7 @@ def experts(folder: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    from fp8rl.engine_channel import ENVIRONMENT
+    from fp8rl.engine.channel import ENVIRONMENT
 
     os.environ.update(ENVIRONMENT)
     from vllm import LLM, SamplingParams

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fp8rl.engine_channel import ENVIRONMENT
+from fp8rl.engine.channel import ENVIRONMENT
 from fp8rl.quant import QuantPlan, quantize_blockwise
 
 os.environ.update(ENVIRONMENT)

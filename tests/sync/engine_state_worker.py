@@ -23,10 +23,10 @@ FAMILY = "qwen2"
 
 
 def main(precision: str, folder: Path) -> None:
-    from fp8rl.engine_channel import ENVIRONMENT
+    from fp8rl.engine.channel import ENVIRONMENT
 
     os.environ.update(ENVIRONMENT)
-    from fp8rl.engine_server import EngineServer
+    from fp8rl.engine.server import EngineServer
     from fp8rl.sync.publisher import Publisher
 
     settings = helpers.settings(precision, family=FAMILY)

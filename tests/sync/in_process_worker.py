@@ -17,7 +17,7 @@ PROMPT = [2 + i % 60 for i in range(40)]
 
 
 def main(folder: Path) -> None:
-    from fp8rl.engine_channel import ENVIRONMENT
+    from fp8rl.engine.channel import ENVIRONMENT
 
     os.environ.update(ENVIRONMENT)
     from vllm import LLM, SamplingParams

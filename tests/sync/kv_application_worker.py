@@ -27,7 +27,7 @@ class Bench:
     """A live engine, the way to it, and what was seen."""
 
     def __init__(self, folder: Path) -> None:
-        from fp8rl.engine_server import EngineServer
+        from fp8rl.engine.server import EngineServer
         from fp8rl.sync.publisher import Publisher
 
         settings = helpers.settings("kv-only")
@@ -68,7 +68,7 @@ class Bench:
 
 
 def main(folder: Path) -> None:
-    from fp8rl.engine_channel import ENVIRONMENT
+    from fp8rl.engine.channel import ENVIRONMENT
 
     os.environ.update(ENVIRONMENT)
     bench = Bench(folder)

@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import torch
 
+from fp8rl.engine.rollout import RolloutEngine
 from fp8rl.quant import QuantPlan
-from fp8rl.rollout import RolloutEngine
 from fp8rl.sync import IterableSource, Publisher
 from tests import helpers
 

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fp8rl.megatron_cpu import cpu_stands_in, use_still_rng_tracker
 from fp8rl.quant.architectures import checkpoint_tensors
+from fp8rl.trainer.megatron_cpu import cpu_stands_in, use_still_rng_tracker
 from tests.sync.megatron_settings import LAYERS, Layout, transformer_config
 from tests.sync.megatron_stand_ins import (
     GroupedColumns,

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fp8rl.config import RunConfig
-from fp8rl.config_file import parse_config
-from fp8rl.megatron_model import _draw_weights, _transformer_config
+from fp8rl.config.file import parse_config
+from fp8rl.config.run import RunConfig
+from fp8rl.trainer.megatron_model import _draw_weights, _transformer_config
 
 VOCAB = 64
 

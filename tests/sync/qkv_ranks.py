@@ -23,10 +23,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing import start_processes
 
-from fp8rl.megatron_cpu import cpu_stands_in, use_still_rng_tracker
 from fp8rl.quant import AttentionShape, KVObservation, KVObserver, KVScales
 from fp8rl.quant.shard_agreement import Peers
 from fp8rl.sync import MegatronQKV
+from fp8rl.trainer.megatron_cpu import cpu_stands_in, use_still_rng_tracker
 from tests.sync.qkv_models import (
     PackedAttention,
     causal,

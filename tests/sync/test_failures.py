@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 import psutil
 import pytest
 
+from fp8rl.engine.rollout import RolloutEngine, Sampling
 from fp8rl.errors import EngineDiedError, EngineError, StaleWeightsError
-from fp8rl.rollout import RolloutEngine, Sampling
 from fp8rl.sync import HTTPEngine, Publisher, SegmentError, slot_outbox
 from fp8rl.sync.publisher import SyncReport
 from tests import helpers

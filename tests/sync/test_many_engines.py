@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+from fp8rl.engine.rollout import RolloutEngine, Sample, Sampling
 from fp8rl.errors import EngineDiedError, StaleWeightsError
 from fp8rl.quant import KVScales
-from fp8rl.rollout import RolloutEngine, Sample, Sampling
 from fp8rl.sync import Broadcast, EnginesError, FileFollower, Files, Publisher
 from fp8rl.sync.source import IterableSource
 from tests import helpers

@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from fp8rl.batch import TokenBatch
-from fp8rl.config_file import parse_config
-from fp8rl.distributed import init_distributed
-from fp8rl.megatron_model import hf_config
+from fp8rl.config.file import parse_config
 from fp8rl.quant import QuantPlan
 from fp8rl.sync.errors import SourceError
 from fp8rl.sync.megatron import MegatronSource
 from fp8rl.sync.megatron_layout import global_parameters
 from fp8rl.sync.source import WeightSource
-from fp8rl.trainer import MegatronTrainer
+from fp8rl.trainer.distributed import init_distributed
+from fp8rl.trainer.megatron import MegatronTrainer
+from fp8rl.trainer.megatron_model import hf_config
 
 SHAPE = {"num_layers": 2, "hidden_size": 128, "ffn_hidden_size": 256, "num_heads": 8}
 QKV_PARAMETERS = {"qwen3": ("weight",), "qwen2": ("weight", "bias")}

@@ -20,10 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fp8rl.distributed import init_distributed
-from fp8rl.engine_channel import ENVIRONMENT
-from fp8rl.megatron_cpu import cpu_stands_in
-from fp8rl.megatron_model import hf_config
+from fp8rl.engine.channel import ENVIRONMENT
 from fp8rl.quant import (
     KVCalibrator,
     KVObservation,
@@ -33,6 +30,9 @@ from fp8rl.quant import (
     quantize_blockwise,
 )
 from fp8rl.sync import HuggingFaceQKV, MegatronQKV, MegatronSource
+from fp8rl.trainer.distributed import init_distributed
+from fp8rl.trainer.megatron_cpu import cpu_stands_in
+from fp8rl.trainer.megatron_model import hf_config
 from tests.sync.qkv_engine_worker import NEW_TOKENS
 from tests.sync.qkv_models import VOCAB, causal, config, gpt_model, sequences
 

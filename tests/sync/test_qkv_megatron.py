@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fp8rl.distributed import init_distributed
-from fp8rl.megatron_cpu import cpu_stands_in
 from fp8rl.quant import KVObservation, KVObserver, KVScaleError, KVScales
 from fp8rl.sync import MegatronQKV, QKVSource
+from fp8rl.trainer.distributed import init_distributed
+from fp8rl.trainer.megatron_cpu import cpu_stands_in
 from tests.sync.qkv_models import (
     PackedAttention,
     causal,

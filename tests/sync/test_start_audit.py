@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from fp8rl.engine.rollout import RolloutEngine
 from fp8rl.errors import EngineError
-from fp8rl.rollout import RolloutEngine
 from tests import helpers
 
 pytestmark = pytest.mark.slow

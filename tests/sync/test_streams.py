@@ -10,14 +10,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fp8rl.batch import TokenBatch
-from fp8rl.config import RunConfig
-from fp8rl.config_file import parse_config
-from fp8rl.distributed import init_distributed
+from fp8rl.config.file import parse_config
+from fp8rl.config.run import RunConfig
 from fp8rl.quant import E4M3_MAX, KVScales
 from fp8rl.sync.errors import StreamError
 from fp8rl.sync.streams import StreamObservation, pack, unpack
 from fp8rl.sync.streams_megatron import MegatronStreams, through_cache
-from fp8rl.trainer import MegatronTrainer
+from fp8rl.trainer.distributed import init_distributed
+from fp8rl.trainer.megatron import MegatronTrainer
 
 VOCAB, LAYERS = 64, 3
 CODES = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # 0 .. 448

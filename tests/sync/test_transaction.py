@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 import torch
 
+from fp8rl.engine.rollout import RolloutEngine, Sample, Sampling
 from fp8rl.errors import EngineDiedError, EngineError, StaleWeightsError
 from fp8rl.quant import KVScaleError, NonFiniteWeightError
-from fp8rl.rollout import RolloutEngine, Sample, Sampling
 from fp8rl.sync.fingerprint import fingerprint
 from fp8rl.sync.publisher import Publisher
 from fp8rl.sync.source import IterableSource

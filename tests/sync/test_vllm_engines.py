@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from fp8rl.engine.rollout import RolloutEngine, Sampling
 from fp8rl.quant import KVScaleError
-from fp8rl.rollout import RolloutEngine, Sampling
 from fp8rl.sync import EngineCallError, HTTPEngine, Publisher, UpdateRefusedError
 from tests import helpers
 from tests.sync.vllm_server import PROMPT, TOKEN, Server

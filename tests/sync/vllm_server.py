@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from fp8rl.engine_channel import ENVIRONMENT
+from fp8rl.engine.channel import ENVIRONMENT
 from tests import helpers
 
 TOKEN = "a-token"

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from fp8rl.engine_channel import ENVIRONMENT
+from fp8rl.engine.channel import ENVIRONMENT
 from fp8rl.sync.source import IterableSource
 from tests import helpers
 

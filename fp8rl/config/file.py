@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from fp8rl.config import RunConfig
+from fp8rl.config.run import RunConfig
 from fp8rl.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -27,13 +27,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fp8rl.batch import TokenBatch
-from fp8rl.config import RunConfig
+from fp8rl.config.run import RunConfig
 from fp8rl.correction import TokenScores, log_probs_from_logits
 from fp8rl.errors import TrainerError
-from fp8rl.master_adamw import MasterAdamW
-from fp8rl.megatron_cpu import cpu_stands_in
-from fp8rl.megatron_model import build_model, hf_config
-from fp8rl.micro_batch import MicroBatch, cut
 from fp8rl.quant import (
     AttentionShape,
     FakeQuantization,
@@ -47,6 +43,10 @@ from fp8rl.sync.megatron import MegatronSource
 from fp8rl.sync.megatron_layout import global_parameters
 from fp8rl.sync.qkv_megatron import MegatronQKV
 from fp8rl.sync.routing_megatron import MegatronRouters
+from fp8rl.trainer.master_adamw import MasterAdamW
+from fp8rl.trainer.megatron_cpu import cpu_stands_in
+from fp8rl.trainer.megatron_model import build_model, hf_config
+from fp8rl.trainer.micro_batch import MicroBatch, cut
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel

@@ -1,8 +1,8 @@
 """The rollout engine's own process: the real vLLM behind one socket.
 
-The trainer starts ``python -m fp8rl.engine_process FD PID`` and talks JSON lines over an inherited
+The trainer starts ``python -m fp8rl.engine.process FD PID`` and talks JSON lines over an inherited
 socket: one request, one reply, in order. The first line carries the ``LLM`` arguments. What a
-request does is in ``engine_server.py``; here is the loop: a request that waits is answered first,
+request does is in ``server.py``; here is the loop: a request that waits is answered first,
 and while none waits the engine is stepped. The process ends when the socket closes or its parent
 dies. Errors that no request can cause, those of a step among them, end it too, loudly: its log says
 why and the trainer is told at once.
@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from fp8rl.engine_server import EngineServer
+from fp8rl.engine.server import EngineServer
 from fp8rl.lifeline import end_with_parent
 
 CHUNK = 1 << 20  # bytes taken from the socket at once

@@ -34,11 +34,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fp8rl.config import RunConfig
-from fp8rl.config_model import ModelConfig
+from fp8rl.config.model import ModelConfig
+from fp8rl.config.run import RunConfig
 from fp8rl.errors import TrainerError
-from fp8rl.megatron_cpu import TorchRMSNorm, pad_experts
 from fp8rl.sync.megatron_layout import global_parameters
+from fp8rl.trainer.megatron_cpu import TorchRMSNorm, pad_experts
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel

@@ -22,8 +22,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from fp8rl.engine_observe import EngineObserver
-from fp8rl.engine_replies import call_receiver, inputs, list_tensors, report, sample
+from fp8rl.engine.observe import EngineObserver
+from fp8rl.engine.replies import call_receiver, inputs, list_tensors, report, sample
 from fp8rl.errors import StaleWeightsError
 from fp8rl.sync.errors import UpdateRefusedError
 from fp8rl.sync.plugin import BACKEND

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt
 
-from fp8rl.config_model import Frozen
+from fp8rl.config.model import Frozen
 
 
 class DriftConfig(Frozen):

@@ -1,8 +1,9 @@
 """The configuration of one RL run: frozen, typed, and refused before anything heavy starts.
 
 Variants (such as the correction) are unions tagged by ``kind``. There are no environment variables.
-The model's section is in ``config_model.py``, the engine's in ``config_rollout.py``, files and
-overrides are read by ``config_file.py``. What the machine must offer is checked in ``doctor.py``.
+The model's section is in ``model.py``, the engine's in ``rollout.py``, the drift watch's in
+``drift.py``; files and overrides are read by ``file.py``. What the machine must offer is checked in
+``doctor/machine.py``.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from typing import Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt
 from pydantic import model_validator as check
 
-from fp8rl.config_drift import DriftConfig
-from fp8rl.config_model import BLOCK, VOCAB_MULTIPLE, Frozen, ModelConfig
-from fp8rl.config_rollout import BF16_WEIGHTS, FP8_CACHE, KVScaleConfig, RolloutConfig
+from fp8rl.config.drift import DriftConfig
+from fp8rl.config.model import BLOCK, VOCAB_MULTIPLE, Frozen, ModelConfig
+from fp8rl.config.rollout import BF16_WEIGHTS, FP8_CACHE, KVScaleConfig, RolloutConfig
 from fp8rl.correction import CorrectionConfig, LossConfig, PPOClip, check_bypass
-from fp8rl.drift_answer import can_tighten
+from fp8rl.drift.answer import can_tighten
 
 TrainerPrecision = Literal["bf16", "fp8-aligned"]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
-from fp8rl.engine_replies import inputs, prompt_logprobs
+from fp8rl.engine.replies import inputs, prompt_logprobs
 from fp8rl.quant.kv_observation import KVObservation
 
 

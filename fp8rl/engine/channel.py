@@ -18,7 +18,7 @@ from typing import Any
 
 from fp8rl.errors import EngineDiedError, EngineError, StaleWeightsError
 
-ENGINE_PROCESS = "fp8rl.engine_process"
+ENGINE_PROCESS = "fp8rl.engine.process"
 LOG_LINES_SHOWN = 15
 STOP_SECONDS = 10.0  # from a closed socket to the end of its process
 

@@ -20,17 +20,17 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from fp8rl.batch import TokenBatch
-from fp8rl.config import RunConfig
-from fp8rl.config_rollout import BF16_WEIGHTS
-from fp8rl.drift_parts import TRAINER, compare
-from fp8rl.micro_batch import bounded
+from fp8rl.config.rollout import BF16_WEIGHTS
+from fp8rl.config.run import RunConfig
+from fp8rl.drift.parts import TRAINER, compare
+from fp8rl.engine.rollout import RolloutEngine
 from fp8rl.quant import KVScales, QuantPlan, ScaleFormat, fake_quantize
-from fp8rl.rollout import RolloutEngine
 from fp8rl.run_dir import Metrics
 from fp8rl.sync.routing_megatron import MegatronRouters
 from fp8rl.sync.streams import StreamObservation
 from fp8rl.sync.streams_megatron import MegatronStreams
-from fp8rl.trainer import MegatronTrainer, engine_activations
+from fp8rl.trainer.megatron import MegatronTrainer, engine_activations
+from fp8rl.trainer.micro_batch import bounded
 
 
 @dataclass(frozen=True)

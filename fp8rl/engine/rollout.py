@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from fp8rl.engine_channel import ENGINE_PROCESS, EngineChannel
-from fp8rl.engine_settings import EngineSettings
+from fp8rl.engine.channel import ENGINE_PROCESS, EngineChannel
+from fp8rl.engine.settings import EngineSettings
 from fp8rl.errors import EngineError
 from fp8rl.quant import EngineTensor
 from fp8rl.quant.kv_observation import KVObservation

@@ -14,17 +14,17 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from fp8rl.config_model import VOCAB_MULTIPLE, ModelConfig
-from fp8rl.config_rollout import BF16_WEIGHTS, Precision
-from fp8rl.doctor import Finding, Machine, problems
-from fp8rl.engine_settings import EngineSettings
+from fp8rl.config.model import VOCAB_MULTIPLE, ModelConfig
+from fp8rl.config.rollout import BF16_WEIGHTS, Precision
+from fp8rl.doctor.machine import Finding, Machine, problems
+from fp8rl.engine.rollout import RolloutEngine
+from fp8rl.engine.settings import EngineSettings
 from fp8rl.errors import EngineError
-from fp8rl.megatron_model import hf_config
 from fp8rl.quant import KVScales
-from fp8rl.rollout import RolloutEngine
 from fp8rl.sync.plugin import RECEIVER
 from fp8rl.sync.publisher import Publisher
 from fp8rl.sync.source import IterableSource
+from fp8rl.trainer.megatron_model import hf_config
 
 TINY_LAYERS = 2
 TINY_LENGTH = 32  # tokens; the engine generates nothing

@@ -14,10 +14,10 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from fp8rl.config import RunConfig
+from fp8rl.config.run import RunConfig
 from fp8rl.errors import TrainerError
 from fp8rl.lifeline import ends_at_once
-from fp8rl.megatron_cpu import use_still_rng_tracker
+from fp8rl.trainer.megatron_cpu import use_still_rng_tracker
 
 TIMEOUT = timedelta(minutes=10)  # how long a collective waits for a rank that is late
 ADVICE = (  # that Megatron's sequence parallelism gives or gets in every run

@@ -1,7 +1,7 @@
 """The drift watch of a run: every so many steps a probe, and a warning where a layer drifts off.
 
-A probe (``drift_probe.py``) says for each layer how far engine and trainer are apart, and why
-(``drift_parts.py``). What the engine's roundings explain is the price of FP8, and known; what they
+A probe (``probe.py``) says for each layer how far engine and trainer are apart, and why
+(``parts.py``). What the engine's roundings explain is the price of FP8, and known; what they
 do not is small, or something is wrong in the engine: a kernel, a buffer, weights that changed after
 they were proven. A threshold that is passed is told once, with the layers and what to do, and again
 only after a probe that found it kept.
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from fp8rl.batch import TokenBatch
-from fp8rl.config import RunConfig
-from fp8rl.drift_probe import Probe
+from fp8rl.config.run import RunConfig
+from fp8rl.drift.probe import Probe
+from fp8rl.engine.rollout import RolloutEngine
 from fp8rl.quant import KVScales, QuantPlan
-from fp8rl.rollout import RolloutEngine
 from fp8rl.run_dir import Metrics
-from fp8rl.trainer import MegatronTrainer
+from fp8rl.trainer.megatron import MegatronTrainer
 
 # what a metric's last name is held against, what it is a measure of, and what to do about it
 FAULT = (

@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt
 from pydantic import model_validator as check
 
-from fp8rl.config_model import Frozen
+from fp8rl.config.model import Frozen
 from fp8rl.errors import ConfigError
 from fp8rl.quant import RouterPrecision
 from fp8rl.quant.kv_rule import KVScaleRule

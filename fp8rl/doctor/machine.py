@@ -1,7 +1,7 @@
 """What this machine has, what is missing, and what each missing thing costs.
 
 ``check_machine`` refuses a run that cannot work here, before anything heavy starts.
-``examine`` is what ``fp8rl doctor`` prints, with what doctor_engine.py finds in a live engine. Both
+``examine`` is what ``fp8rl doctor`` prints, with what ``engine.py`` finds in a live engine. Both
 judge a ``Machine``, which tests can make up.
 
 Who needs what: vLLM's CPU kernel for blockwise FP8 linears needs AMX tiles, and its FP8 KV cache
@@ -18,8 +18,8 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Literal, Self
 
 from fp8rl import environment
-from fp8rl.config import RunConfig
-from fp8rl.config_rollout import BF16_WEIGHTS, FP8_CACHE, Precision
+from fp8rl.config.rollout import BF16_WEIGHTS, FP8_CACHE, Precision
+from fp8rl.config.run import RunConfig
 from fp8rl.errors import ConfigError
 
 State = Literal["ok", "missing", "optional"]

@@ -17,7 +17,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from fp8rl.config import RunConfig
+from fp8rl.config.run import RunConfig
 from fp8rl.correction import (
     Correction,
     Counts,
@@ -36,7 +36,7 @@ from fp8rl.correction import (
 )
 from fp8rl.rollout_batch import RolloutBatch
 from fp8rl.run_dir import Metrics
-from fp8rl.trainer import MegatronTrainer
+from fp8rl.trainer.megatron import MegatronTrainer
 
 OLDEST_AGE = 4  # tokens of this age and older are one group in the metrics
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fp8rl.config_rollout import (
+from fp8rl.config.rollout import (
     BF16_WEIGHTS,
     FP8_CACHE,
     Activations,

@@ -1,0 +1,1 @@
+"""The drift watch: engine and trainer compared layer by layer on a probe."""

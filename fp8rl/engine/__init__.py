@@ -1,0 +1,1 @@
+"""The rollout engine: ``rollout.py`` is held by the trainer, ``process.py`` runs vLLM."""
