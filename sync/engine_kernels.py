@@ -131,7 +131,7 @@ def activations(model: torch.nn.Module) -> dict[str, str]:
             kernel = fp8_kernel(module)
         else:
             continue
-        if kernel in ("CPU", CPU_FP8_LINEAR, W8A8_REFERENCE):  # take what the method gives them
+        if kernel in ("CPU", *CPU_FP8_LINEAR, W8A8_REFERENCE):  # take what the method gives them
             found[prefix] = "fp8" if method(module) in W8A8_METHODS else "bf16"
         else:
             on_cuda = kernel in AS_STORED_LINEARS + AS_STORED_EXPERTS
@@ -141,9 +141,9 @@ def activations(model: torch.nn.Module) -> dict[str, str]:
 
 def _fp8_linear(unit: Unit, sent: Mapping[str, Tensor]) -> Iterator[Finding]:
     kernel, as_stored = fp8_kernel(unit.module), (W8A8_REFERENCE, *AS_STORED_LINEARS)
-    if kernel != CPU_FP8_LINEAR and kernel not in as_stored:
-        raise _unknown(unit.prefix, f"FP8 kernel {kernel}", (CPU_FP8_LINEAR, *as_stored))
-    count = wrong_vnni if kernel == CPU_FP8_LINEAR else wrong_as_stored
+    if kernel not in (*CPU_FP8_LINEAR, *as_stored):
+        raise _unknown(unit.prefix, f"FP8 kernel {kernel}", (*CPU_FP8_LINEAR, *as_stored))
+    count = wrong_vnni if kernel in CPU_FP8_LINEAR else wrong_as_stored
     for place in unit.places:
         if place.parameter == "weight":
             yield _as_it_lies(place, unit.module.weight.data[place.at], sent, count)

@@ -44,7 +44,7 @@ from fp8rl.sync.engine_private import cpu_kernel, fp8_kernel, moe_backend, repai
 from fp8rl.sync.engine_units import Unit, units_of
 from fp8rl.sync.errors import ManifestError, ReadBackError
 
-CPU_FP8_LINEAR = "CPUFp8BlockScaledMMKernel"
+CPU_FP8_LINEAR = ("CPUFp8BlockScaledMMKernel", "Avx512Fp8Kernel")  # the same operator
 
 
 def load(model: Any, model_config: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -105,7 +105,7 @@ def fit_biases(model: nn.Module) -> None:
     for module in model.modules():
         if not isinstance(module, LinearBase) or module.bias is None:
             continue
-        if module.weight.dtype == FP8_DTYPE and fp8_kernel(module) == CPU_FP8_LINEAR:
+        if module.weight.dtype == FP8_DTYPE and fp8_kernel(module) in CPU_FP8_LINEAR:
             module.bias.data = module.bias.data.float()
 
 

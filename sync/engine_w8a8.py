@@ -17,8 +17,9 @@ kernel adds up in fp32: the result is that of an FP8 kernel, up to the order of 
 rounding to BF16. With other weight scales the kernel rounds each weight to BF16 besides, for
 batches of more than a few tokens: 2^-9 of it at most, where FP8 has rounded by 2^-4.
 
-Where a processor has no AMX, linears go through ``ReferenceKernel``: plain torch, the sum of each
-group of 128 in fp32, then scaled, as GPU kernels do. Slow; experts have no such path.
+Where a processor has neither AMX nor AVX-512 BF16, linears go through ``ReferenceKernel``: plain
+torch, the sum of each group of 128 in fp32, then scaled, as GPU kernels do. Slow; experts have no
+such path.
 
 It is a quantization method of vLLM's public registry, so the engine's argument brings it to every
 worker. Weights, their layouts and loaders are vLLM's, so updates and read-back are what they were.
@@ -49,6 +50,7 @@ from vllm.platforms.interface import PlatformEnum
 import fp8rl.sync.engine_private  # noqa: F401  # checks vLLM's version
 from fp8rl.quant.activations import GROUP, round_activations
 from fp8rl.quant.plan import BLOCK_SIZE
+from fp8rl.sync.engine_avx512 import CPUExperts
 from fp8rl.sync.errors import UnsupportedKernelError
 from fp8rl.sync.plugin import W8A8
 
@@ -96,17 +98,18 @@ class W8A8Linear(Fp8LinearMethod):
         return result
 
 
-class W8A8Experts(Fp8MoEMethod):
+class W8A8Experts(CPUExperts):
     """Experts that are held as vLLM's CPU kernel holds them, and multiplied one by one."""
 
     def __init__(self, quant_config: Fp8Config, layer: RoutedExperts) -> None:
         super().__init__(quant_config, layer)
         kernel = self.experts_cls
         if kernel is not CPUExpertsFp8 or tuple(self.moe_block_shape) != BLOCK_SIZE:
+            found = "no kernel of vLLM's" if kernel is None else f"vLLM's {kernel.__name__}"
             raise UnsupportedKernelError(
-                f"{layer.layer_name}: experts of vLLM's {kernel.__name__} in blocks of "
-                f"{self.moe_block_shape} have no W8A8 here; expected CPUExpertsFp8 in blocks of "
-                f"{list(BLOCK_SIZE)}. Start the engine with BF16 activations"
+                f"{layer.layer_name}: experts with {found} in blocks of {self.moe_block_shape} "
+                f"have no W8A8 here; expected CPUExpertsFp8 in blocks of {list(BLOCK_SIZE)}. "
+                "Start the engine with BF16 activations"
             )
         self.experts_cls: type[Any] = ExpertsKernel
 
@@ -169,7 +172,8 @@ class ReferenceKernel(Fp8BlockScaledMMLinearKernel):
         x, w = A.float().view(len(A), -1, GROUP), B.float().view(len(B), -1, GROUP)
         sums = torch.einsum("tgk,ngk->gtn", x, w)
         rows = Bs.repeat_interleave(BLOCK_SIZE[0], dim=0)[: len(B)]
-        return torch.einsum("gtn,ng->tn", sums, rows)
+        # contiguous: vLLM's kernels on a CPU read rows, and einsum leaves columns
+        return torch.einsum("gtn,ng->tn", sums, rows).contiguous()
 
 
 def _experts(

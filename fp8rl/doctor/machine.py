@@ -4,8 +4,9 @@
 ``examine`` is what ``fp8rl doctor`` prints, with what ``engine.py`` finds in a live engine. Both
 judge a ``Machine``, which tests can make up.
 
-Who needs what: vLLM's CPU kernel for blockwise FP8 linears needs AMX tiles, and its FP8 KV cache
-AVX-512; a CUDA device needs compute capability 8.9 for E4M3.
+Who needs what: vLLM's CPU kernels for blockwise FP8 weights need AMX tiles, or AVX-512 BF16 (which
+vLLM does not offer by itself, ``sync/engine_avx512.py``), and its FP8 KV cache AVX-512; a CUDA
+device needs compute capability 8.9 for E4M3.
 """
 
 from __future__ import annotations
@@ -35,11 +36,15 @@ MODULES = {
     "transformers": "no rollouts: vLLM reads the model's config with it",
     "megatron.core": "no reference trainer: only your own trainer can publish weights",
 }
+# What FP8 needs of a processor: any of these features -> what is lost without.
+CACHE: tuple[str, ...] = ("avx512",)
+WEIGHTS: tuple[str, ...] = ("amx_tile", "avx512_bf16")
 FEATURES = {
-    "avx512": "no FP8 KV cache on this CPU: use --precision fp8 or bf16",
-    "amx_tile": "no FP8 weights on this CPU: use --precision bf16 or kv-only, or (slowly, and not "
-    "for experts) rollout.activations=fp8",
+    CACHE: "no FP8 KV cache on this CPU: use --precision fp8 or bf16",
+    WEIGHTS: "no FP8 weights on this CPU: use --precision bf16 or kv-only, or (slowly, and not for "
+    "experts) rollout.activations=fp8",
 }
+LABELS = {"avx512": "AVX-512", "amx_tile": "AMX tiles", "avx512_bf16": "AVX-512 BF16"}
 
 
 @dataclass(frozen=True)
@@ -116,13 +121,13 @@ def problems(precision: Precision, machine: Machine, *, reference: bool = False)
             for index, has in enumerate(machine.capabilities)
             if has < FP8_CAPABILITY
         ]
-    needed = [] if precision in BF16_WEIGHTS or reference else ["amx_tile"]
-    needed += ["avx512"] if precision in FP8_CACHE else []
+    needed = [] if precision in BF16_WEIGHTS or reference else [WEIGHTS]
+    needed += [CACHE] if precision in FP8_CACHE else []
     return found + [
-        f"rollout.precision is {precision}, but the processor has no {_label(name)} "
-        f"({FEATURES[name]})"
-        for name in needed
-        if not machine.features[name]
+        f"rollout.precision is {precision}, but the processor has no {_labels(names)} "
+        f"({FEATURES[names]})"
+        for names in needed
+        if not any(machine.features[name] for name in names)
     ]
 
 
@@ -170,12 +175,12 @@ def _examine_processor(machine: Machine) -> list[Finding]:
     shown = f"{environment.cpu_model()}, {environment.usable_cores()} usable cores"
     rows = [Finding("processor", shown, "ok")]
     lacking: State = "optional" if machine.capabilities else "missing"
-    for name, cost in FEATURES.items():
-        there = machine.features[name]
+    for names, cost in FEATURES.items():
+        there = _labels([name for name in names if machine.features[name]])
         rows.append(
             Finding(
-                _label(name),
-                "yes" if there else "no",
+                _labels(names),
+                there or "no",
                 "ok" if there else lacking,
                 "" if there else cost,
             )
@@ -220,5 +225,5 @@ def _importable(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def _label(feature: str) -> str:
-    return {"avx512": "AVX-512", "amx_tile": "AMX tiles"}[feature]
+def _labels(features: Sequence[str]) -> str:
+    return " or ".join(LABELS[name] for name in features)

@@ -24,6 +24,7 @@ from fp8rl.config.run import RunConfig
 from fp8rl.doctor import machine as doctor
 from fp8rl.errors import ConfigError, EngineDiedError
 
+FEATURES = [name for names in doctor.FEATURES for name in names]
 Loop = Callable[[RunConfig, bool, str], Path]
 
 
@@ -36,7 +37,7 @@ def config(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def full_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    has_all = doctor.Machine({"avx512": True, "amx_tile": True}, (), frozenset(doctor.MODULES))
+    has_all = doctor.Machine(dict.fromkeys(FEATURES, True), (), frozenset(doctor.MODULES))
     monkeypatch.setattr(doctor.Machine, "here", lambda: has_all)
     monkeypatch.delenv("RANK", raising=False)
 
@@ -133,7 +134,9 @@ def test_missing_avx512_ends_with_one_message_and_exit_code_2(
     monkeypatch: pytest.MonkeyPatch, config: Path
 ) -> None:
     fake_loop(monkeypatch, never)
-    no_avx512 = doctor.Machine({"avx512": False, "amx_tile": True}, (), frozenset(doctor.MODULES))
+    no_avx512 = doctor.Machine(
+        dict.fromkeys(FEATURES, True) | {"avx512": False}, (), frozenset(doctor.MODULES)
+    )
     monkeypatch.setattr(doctor.Machine, "here", lambda: no_avx512)
     result = run("train", config)
     assert result.exit_code == 2
@@ -279,13 +282,17 @@ def test_the_doctor_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 0
     report = json.loads(result.stdout)
     assert report["ok"] is True
-    assert {finding["name"] for finding in report["findings"]} >= {"vllm", "AVX-512", "AMX tiles"}
+    assert {finding["name"] for finding in report["findings"]} >= {
+        "vllm",
+        "AVX-512",
+        "AMX tiles or AVX-512 BF16",
+    }
 
 
 def test_the_doctor_ends_with_1_and_the_price_where_something_is_missing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    bare = doctor.Machine({"avx512": False, "amx_tile": False}, (), frozenset())
+    bare = doctor.Machine(dict.fromkeys(FEATURES, False), (), frozenset())
     monkeypatch.setattr(doctor.Machine, "here", lambda: bare)
     result = run("doctor", "--no-engine")
     assert result.exit_code == 1

@@ -17,10 +17,12 @@ from fp8rl.errors import ConfigError, EngineDiedError, EngineError
 from fp8rl.sync.segment import Segment
 
 ALL_MODULES = frozenset(MODULES)
-AMX_CPU = {"avx512": True, "amx_tile": True}
-AVX512_CPU = {"avx512": True, "amx_tile": False}
-AMX_ALONE = {"avx512": False, "amx_tile": True}
-OLD_CPU = {"avx512": False, "amx_tile": False}
+NONE = {"avx512": False, "avx512_bf16": False, "amx_tile": False}
+AMX_CPU = dict.fromkeys(NONE, True)
+BF16_CPU = AMX_CPU | {"amx_tile": False}
+AVX512_CPU = NONE | {"avx512": True}
+AMX_ALONE = NONE | {"amx_tile": True}
+OLD_CPU = NONE
 
 
 def machine(
@@ -52,8 +54,8 @@ def test_a_full_machine_runs_every_arm(
 @pytest.mark.parametrize(
     ("precision", "features", "message"),
     [
-        ("fp8-kv", {"avx512": False, "amx_tile": True}, "AVX-512 .*--precision fp8 or bf16"),
-        ("fp8-kv", AVX512_CPU, "AMX tiles .*--precision bf16"),
+        ("fp8-kv", AMX_ALONE, "AVX-512 .*--precision fp8 or bf16"),
+        ("fp8-kv", AVX512_CPU, "AMX tiles or AVX-512 BF16 .*--precision bf16"),
         ("fp8-kv", OLD_CPU, "AMX tiles.*; .*AVX-512"),
         ("fp8", OLD_CPU, "precision is fp8, .*AMX tiles"),
         ("kv-only", AMX_ALONE, "precision is kv-only, .*AVX-512"),
@@ -70,6 +72,11 @@ def test_bf16_runs_on_any_processor() -> None:
     check_machine(config("bf16"), machine(OLD_CPU))
 
 
+@pytest.mark.parametrize("precision", get_args(Precision))
+def test_avx512_bf16_does_in_place_of_amx(precision: Precision) -> None:
+    check_machine(config(precision), machine(BF16_CPU))
+
+
 def test_fp8_activations_need_no_amx_but_for_experts() -> None:
     rollout = {"precision": "fp8", "activations": "fp8"}
     check_machine(RunConfig.model_validate({"rollout": rollout}), machine(AVX512_CPU))
@@ -81,7 +88,7 @@ def test_fp8_activations_need_no_amx_but_for_experts() -> None:
 
 
 def test_fp8_weights_alone_need_no_avx512() -> None:
-    check_machine(config("fp8"), machine({"avx512": False, "amx_tile": True}))
+    check_machine(config("fp8"), machine(AMX_ALONE))
 
 
 def test_an_fp8_cache_alone_needs_no_amx() -> None:
@@ -122,12 +129,12 @@ def test_every_absence_has_a_price_and_nothing_present_has_one() -> None:
     findings = examine(machine(OLD_CPU, modules=frozenset()))
     assert all(bool(finding.cost) == (finding.state != "ok") for finding in findings)
     missing = {finding.name for finding in findings if finding.state == "missing"}
-    assert missing == {*MODULES, "AVX-512", "AMX tiles"}
+    assert missing == {*MODULES, "AVX-512", "AMX tiles or AVX-512 BF16"}
 
 
 def test_processor_features_are_optional_where_a_gpu_is() -> None:
     findings = examine(machine(OLD_CPU, gpus=((9, 0),)))
-    assert row(findings, "AMX tiles").state == "optional"
+    assert row(findings, "AMX tiles or AVX-512 BF16").state == "optional"
     assert row(findings, "GPU 0").state == "ok"
 
 

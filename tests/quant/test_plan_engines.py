@@ -44,8 +44,9 @@ CASES = {
 @pytest.fixture(scope="module")
 def vllm_layers(tmp_path_factory) -> dict:
     pytest.importorskip("vllm")
-    if not torch.cuda.is_available() and not torch.cpu._is_amx_tile_supported():
-        pytest.skip("vLLM builds FP8 linears only with AMX or CUDA")
+    has = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    if not torch.cuda.is_available() and not has:
+        pytest.skip("vLLM builds FP8 linears only with AMX, AVX-512 BF16 or CUDA")
     cases = {
         case: config | {"quantization_config": plan.quantization_config()}
         for case, (config, plan) in CASES.items()

@@ -19,26 +19,34 @@ from fp8rl.quant import dequantize_blockwise, quantize_activations
 from fp8rl.sync.plugin import W8A8
 from tests.sync import engine_models
 
-CASES = {  # -> the model, vLLM's quantization method, a kernel that does not run
-    "dense": ("qwen2", W8A8, ""),
-    "experts": ("qwen3_moe", W8A8, ""),
-    "without AMX": ("qwen2", W8A8, "CPUFp8BlockScaledMMKernel"),
-    "vLLM's own": ("qwen3_moe", None, ""),
+CASES = {  # -> the model, vLLM's quantization method, whether vLLM's check finds AMX, FP8 kernels
+    "dense": ("qwen2", W8A8, None, True),
+    "experts": ("qwen3_moe", W8A8, None, True),
+    "AVX-512": ("qwen3_moe", W8A8, False, True),
+    "no kernel": ("qwen2", W8A8, False, False),
+    "vLLM's own": ("qwen3_moe", None, None, True),
+    "vLLM's own, AVX-512": ("qwen3_moe", None, False, True),
 }
 TOKENS = (1, 5, 70)  # the kernel takes another way from some tokens on
 LAYER = "model.layers.1"
+HAS_AMX = torch.cpu._is_amx_tile_supported
 
 
 def main(cases: list[str]) -> None:
     print(json.dumps({case: look_at(*CASES[case]) for case in cases}))
 
 
-def look_at(family: str, quantization: str | None, disabled: str) -> dict[str, Any]:
+def look_at(
+    family: str, quantization: str | None, amx: bool | None, kernels: bool
+) -> dict[str, Any]:
+    """``amx``: None for what this processor has; the operators find out for themselves."""
     from fp8rl.sync.engine_kernels import activations
+    from fp8rl.sync.engine_load import CPU_FP8_LINEAR
     from fp8rl.sync.engine_private import fp8_kernel
     from fp8rl.sync.engine_state import differences, load
 
-    os.environ["VLLM_DISABLED_KERNELS"] = disabled
+    os.environ["VLLM_DISABLED_KERNELS"] = "" if kernels else ",".join(CPU_FP8_LINEAR)
+    torch.cpu._is_amx_tile_supported = HAS_AMX if amx is None else lambda: amx
 
     def build() -> engine_models.Live:
         config = engine_models.config(family)

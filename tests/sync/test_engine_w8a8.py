@@ -11,18 +11,20 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from tests.sync.test_engine_state import run
 
 pytestmark = pytest.mark.slow
 
-OURS = ("dense", "experts", "without AMX")
-THEIRS = "vLLM's own"
+DENSE, MOE = ("dense", "no kernel"), ("experts", "AVX-512")
+OURS = DENSE + MOE
+THEIRS = ("vLLM's own", "vLLM's own, AVX-512")
 
 
 @pytest.fixture(scope="module")
 def everything() -> Any:
-    return run("engine_w8a8_worker", *OURS, THEIRS)
+    return run("engine_w8a8_worker", *OURS, *THEIRS)
 
 
 @pytest.fixture(params=OURS)
@@ -34,9 +36,10 @@ def test_every_fp8_layer_says_in_what_it_takes_its_input(everything: Any) -> Non
     layers = [f"model.layers.{i}.self_attn.{x}_proj" for i in (0, 1) for x in ("qkv", "o")]
     dense = [f"model.layers.{i}.mlp.{x}_proj" for i in (0, 1) for x in ("gate_up", "down")]
     moe = [f"model.layers.{i}.mlp.experts.routed_experts" for i in (0, 1)]
-    for case, more in {"dense": dense, "without AMX": dense, "experts": moe}.items():
+    for case, more in (dict.fromkeys(DENSE, dense) | dict.fromkeys(MOE, moe)).items():
         assert everything[case]["activations"] == dict.fromkeys(sorted(layers + more), "fp8"), case
-    assert everything[THEIRS]["activations"] == dict.fromkeys(sorted(layers + moe), "bf16")
+    for case in THEIRS:
+        assert everything[case]["activations"] == dict.fromkeys(sorted(layers + moe), "bf16"), case
 
 
 def test_linears_compute_what_quant_defines(seen: Any) -> None:
@@ -46,26 +49,31 @@ def test_linears_compute_what_quant_defines(seen: Any) -> None:
         assert errors["W8A16"] > 1e-2, "FP8 inputs must show"
 
 
-def test_experts_compute_what_quant_defines_in_both_products(everything: Any) -> None:
-    for errors in everything["experts"]["experts"]:
+@pytest.mark.parametrize("case", MOE)
+def test_experts_compute_what_quant_defines_in_both_products(everything: Any, case: str) -> None:
+    for errors in everything[case]["experts"]:
         assert errors["W8A8"] < 4e-3
         assert errors["W8A16"] > 2e-2
 
 
-def test_without_it_vllm_computes_w8a16(everything: Any) -> None:
-    for errors in everything[THEIRS]["linear"] + everything[THEIRS]["experts"]:
+@pytest.mark.parametrize("case", THEIRS)
+def test_without_it_vllm_computes_w8a16(everything: Any, case: str) -> None:
+    for errors in everything[case]["linear"] + everything[case]["experts"]:
         assert errors["W8A16"] < 6e-3
         assert errors["W8A8"] > 1e-2
 
 
-def test_experts_that_live_on_another_worker_are_left_to_it(everything: Any) -> None:
-    assert everything["experts"]["halves"] < 4e-3  # each half is rounded to BF16
+@pytest.mark.parametrize("case", MOE)
+def test_experts_that_live_on_another_worker_are_left_to_it(everything: Any, case: str) -> None:
+    assert everything[case]["halves"] < 4e-3  # each half is rounded to BF16
 
 
-def test_the_reference_stands_in_where_vllms_kernel_does_not_run(everything: Any) -> None:
-    kernels = {case: everything[case]["kernel"] for case in (*OURS, THEIRS)}
-    assert kernels.pop("without AMX") == "ReferenceKernel"
-    assert set(kernels.values()) == {"CPUFp8BlockScaledMMKernel"}
+def test_without_amx_avx512_computes_and_without_either_the_reference(everything: Any) -> None:
+    kernels = {case: everything[case]["kernel"] for case in (*OURS, *THEIRS)}
+    assert kernels.pop("no kernel") == "ReferenceKernel"
+    assert kernels.pop("AVX-512") == kernels.pop("vLLM's own, AVX-512") == "Avx512Fp8Kernel"
+    here = "CPUFp8BlockScaledMMKernel" if torch.cpu._is_amx_tile_supported() else "Avx512Fp8Kernel"
+    assert set(kernels.values()) == {here}
 
 
 def test_updates_are_proven_and_leave_what_a_fresh_model_is(seen: Any) -> None:
