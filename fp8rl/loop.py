@@ -5,7 +5,7 @@ Version v of the policy is the policy after v steps. A step
     observe    q, k, v of version v on the batch just trained -> KV scales that carry v
     publish    quantize version v, send it with its scales; the engine proves and commits it
     rollout    groups of responses, each token with its behaviour log-prob and version
-    routes     of a model with experts: do engine and trainer send tokens to the same? (``routing.py``)
+    routes     with experts: do engine and trainer send tokens to the same? (``routing.py``)
     drift      where it is due: which layers of the engine compute otherwise, and why (``drift/``)
     score      the same tokens under the trainer's version v; what the KV scales clip and lose
     train      importance weights for the difference between the two, and the corrected loss
