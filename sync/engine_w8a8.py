@@ -27,7 +27,8 @@ Private names: Fp8LinearMethod and Fp8MoEMethod (with ``experts_cls``), CPUExper
 reference the list of FP8 block kernels, for which vLLM has no public way; vLLM's version is checked
 in ``engine_private.py``. On CUDA nothing of this is registered: kernels there do it themselves.
 
-Left out: BF16 layers, attention and the KV cache, which compute as always; static scales.
+An FP8 KV cache is rounded as on a GPU too (``engine_kv_round.py``). Left out: BF16 layers and
+attention itself, which compute as always; static scales.
 """
 
 from __future__ import annotations
@@ -44,13 +45,19 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsFp8
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.quantization import register_quantization_config
-from vllm.model_executor.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod, Fp8MoEMethod
+from vllm.model_executor.layers.quantization.fp8 import (
+    Fp8Config,
+    Fp8KVCacheMethod,
+    Fp8LinearMethod,
+    Fp8MoEMethod,
+)
 from vllm.platforms.interface import PlatformEnum
 
 import fp8rl.sync.engine_private  # noqa: F401  # checks vLLM's version
 from fp8rl.quant.activations import GROUP, round_activations
 from fp8rl.quant.plan import BLOCK_SIZE
 from fp8rl.sync.engine_avx512 import CPUExperts
+from fp8rl.sync.engine_kv_round import NearestKVCache
 from fp8rl.sync.errors import UnsupportedKernelError
 from fp8rl.sync.plugin import W8A8
 
@@ -86,7 +93,7 @@ class W8A8Config(Fp8Config):
             return W8A8Linear(self)
         if isinstance(method, Fp8MoEMethod):
             return W8A8Experts(self, layer)
-        return method
+        return NearestKVCache(self) if isinstance(method, Fp8KVCacheMethod) else method
 
 
 class W8A8Linear(Fp8LinearMethod):

@@ -56,10 +56,10 @@ class QKVSource(Protocol):
 
 @contextmanager
 def shown(hooks: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
-    """Call each hook before each forward of its module, with what the module is given."""
+    """Call each hook before each forward of its module, and before hooks that change its input."""
     with ExitStack() as stack:
         for module, hook in hooks:
-            handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+            handle = module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
             stack.callback(handle.remove)
         yield
 

@@ -98,7 +98,8 @@ class Probe:
 
     @contextmanager
     def _cached(self, weights: AbstractContextManager[None], scales: KVScales) -> Iterator[None]:
-        truncates = not torch.cuda.is_available()  # vLLM's cache on a CPU
+        on_cpu = not torch.cuda.is_available()  # where vLLM's cache cuts off, unless it is ours
+        truncates = on_cpu and self.config.rollout.activations != "fp8"
         with (
             weights,
             MegatronStreams(self.trainer.model).rounded_cache(scales, truncates=truncates),

@@ -91,6 +91,21 @@ def test_a_cache_gives_back_the_nearest_number_or_the_next_one_to_zero(
     assert bool(((error - to_codes).abs() <= fp32_noise).all())
 
 
+@settings(deadline=None)
+@given(
+    st.lists(st.floats(-600, 600, width=16), min_size=1, max_size=20),
+    st.sampled_from([1.0, 2.0**-6, 0.3, 0.0117]),
+)
+def test_a_cache_that_cuts_off_holds_the_nearest_of_what_was_rounded_before(
+    values: list[float], scale: float
+) -> None:
+    from fp8rl.sync.engine_kv_round import to_nearest
+
+    x = (torch.tensor(values) * scale).bfloat16()
+    held = through_cache(to_nearest(x, scale).float(), scale, truncates=True)
+    assert torch.equal(held, through_cache(x.float(), scale, truncates=False))
+
+
 def test_layers_that_are_given_their_own_stream_give_it_again(trainer: MegatronTrainer) -> None:
     own = streams(trainer)
     assert own.shape == (6, 9, LAYERS + 1, 128)
