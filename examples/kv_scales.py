@@ -17,19 +17,9 @@ stops if one differs (`Calibration.confirm`).
 
 Models: `qwen3` is that of grpo.yaml; norms on q and k keep both small. `qwen2` has biases instead.
 `qwen2-outliers` is the same with outlier channels planted in every layer's K bias after the
-warm-up. Qwen2.5-7B has them: the norm of its K bias is 605 in the first layer, 921 in the last
-(github.com/ggml-org/llama.cpp/issues/21385), here about 640; an FP8 cache made its sibling's
-rollouts gibberish (github.com/verl-project/verl/pull/4435). Massive values of K sit where RoPE
-hardly turns (arXiv 2502.01563), and so do ours: in the slowest quarter of each key head's pairs,
-of random sign and size S/2 to S.
-
-    logit(m, n) = q(m) . R(m - n) (k(n) + b) / sqrt(d)  ~  q(m) . (k(n) + b) / sqrt(d)
-
-R is nearly 1 there, so b shifts all logits of a query alike and softmax does not see it: in BF16
-the policy is what it was. E4M3 has 3 bits of mantissa: from 64 on its codes are 8 apart, from 128
-on 16, while k varies by about 1 from token to token. So k + b falls on one code or on the next, and
-the logit gets a rounding error for k. A power-of-two scale moves no code, and none of a whole
-tensor brings them closer.
+warm-up, as Qwen2.5 has them (``fp8rl/key_outliers.py``): k + b falls on one code of E4M3 or on the
+next, and the logit gets a rounding error for k. A power-of-two scale moves no code, and none of a
+whole tensor brings them closer.
 
 Each arm is a run folder, OUT/MODEL/ARM/seed-N. After a kill the same command keeps the arms that
 have ended and starts the one that was running anew. Left out: FP8 attention (no q is quantized).
@@ -119,6 +109,7 @@ class Study:
             f"rollout.precision={'fp8' if self.arm == 'bf16-kv' else 'fp8-kv'}",
             f"kv_scales.recalibrate={RECALIBRATE.get(self.arm, 'every-step')}",
             "kv_scales.measured_by=trainer",
+            f"warmup.key_outliers={self.outlier if 'outliers' in self.model else 'null'}",
         )
         config = load_config(Path(__file__).with_name("grpo.yaml"), [*self.overrides, *settings])
         if config.world_size > 1:
@@ -140,8 +131,6 @@ class Study:
         if self.folder.path.exists():
             shutil.rmtree(self.folder.path)
         with open_session(self.config, resume=False, command=command) as run:
-            if self.model == "qwen2-outliers":
-                plant_outliers(run, self.outlier)
             if self.arm == "stale":
                 run.calibration = StaleScales(run, self.stale)
             (self.folder.path / "key_channels.json").write_text(json.dumps(key_channels(run)))
@@ -170,22 +159,6 @@ class StaleScales(Calibration):
         self._measured.append(fresh)
         used = self._measured[max(0, version - self._late)]
         return replace(used, version=version, observer=f"study: measured on version {used.version}")
-
-
-def plant_outliers(run: Session, size: float) -> None:
-    """Add constants of ``size``/2 to ``size`` and random sign to the slowest channels of K."""
-    shape, state = run.config.model, run.trainer.state()
-    half, pairs = shape.head_dim // 2, shape.head_dim // 8  # a quarter of all pairs
-    slowest = [*range(half - pairs, half), *range(2 * half - pairs, 2 * half)]
-    for layer in range(shape.num_layers):
-        name = f"decoder.layers.{layer}.self_attention.linear_qkv.bias"
-        bias = state[f"master/{name}"].clone()
-        k = bias.view(shape.num_kv_heads, -1, shape.head_dim)[:, -2]  # queries, k, v of each head
-        generator = torch.Generator().manual_seed(layer)
-        draw = torch.rand(2, shape.num_kv_heads, len(slowest), generator=generator)
-        k[:, slowest] += size * (0.5 + 0.5 * draw[0]) * torch.where(draw[1] < 0.5, -1.0, 1.0)
-        state |= {f"master/{name}": bias, f"model/{name}": bias.bfloat16()}
-    run.trainer.load_state(state)
 
 
 class KeyObserver(KVObserver):

@@ -1,6 +1,7 @@
 """The supervised steps before RL, and their end as a start that several runs share.
 
-    warm_up     AdamW on demonstrations of the task, some digits of which are wrong
+    warm_up     AdamW on demonstrations of the task, some digits of which are wrong; outliers in K
+                are planted where they are asked for
     make_start  a warm-up alone, without an engine, whose end is a checkpoint
     load_start  a run that begins there (``warmup.start_from``)
 
@@ -23,6 +24,7 @@ from fp8rl import checkpoint
 from fp8rl.batch import TokenBatch
 from fp8rl.config.run import RunConfig
 from fp8rl.errors import CheckpointError
+from fp8rl.key_outliers import plant
 from fp8rl.progress import Progress
 from fp8rl.rollout_batch import examples_batch
 from fp8rl.task import DigitTask
@@ -45,6 +47,8 @@ def warm_up(
 
         with progress.phase(f"warm-up {number + 1}/{settings.steps}", timed=False):
             loss = trainer.update(batch, loss_fn, learning_rate=settings.learning_rate)["loss"]
+    if settings.key_outliers is not None:
+        plant(trainer, config.model, settings.key_outliers)
     trainer.restart_optimizer()
     progress.message(
         f"warm-up: {settings.steps} supervised steps of {settings.batch_size} examples, "

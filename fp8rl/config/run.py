@@ -47,6 +47,11 @@ class WarmupConfig(Frozen):
     batch_size: PositiveInt = Field(128, description="demonstrations a step")
     learning_rate: PositiveFloat = Field(1e-3, description="AdamW learning rate")
     slip_rate: float = Field(0.33, ge=0, le=1, description="how often a digit in them is wrong")
+    key_outliers: PositiveFloat | None = Field(
+        None,
+        description="size of outlier channels planted in the K biases afterwards, as Qwen2.5 has "
+        "them: BF16 does not see them, an FP8 KV cache does; to test numerics (qwen2)",
+    )
     start_from: Path | None = Field(
         None, description="folder with the end of this very warm-up, to begin there instead"
     )
@@ -183,6 +188,18 @@ class RunConfig(Frozen):
                     f"{name} must be a multiple of {BLOCK * parts}, for no FP8 block to straddle "
                     f"ranks; it is {width}"
                 )
+        return self
+
+    @check(mode="after")
+    def _outliers_have_a_place(self) -> Self:
+        if self.warmup.key_outliers is not None and (
+            self.model.family != "qwen2" or self.world_size > 1
+        ):
+            raise ValueError(
+                f"warmup.key_outliers is {self.warmup.key_outliers:g}, which needs the K biases of "
+                f"model.family=qwen2 on one trainer rank; found {self.model.family} on "
+                f"{self.world_size}"
+            )
         return self
 
     @check(mode="after")
