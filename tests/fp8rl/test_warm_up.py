@@ -10,13 +10,13 @@ import torch
 
 from fp8rl.config.file import parse_config
 from fp8rl.config.run import RunConfig
-from fp8rl.errors import CheckpointError
+from fp8rl.errors import CheckpointError, ConfigError
 from fp8rl.quant import QuantPlan
 from fp8rl.task import DigitTask
 from fp8rl.trainer.distributed import init_distributed
 from fp8rl.trainer.megatron import MegatronTrainer
 from fp8rl.trainer.megatron_model import hf_config
-from fp8rl.warm_up import load_start, make_start
+from fp8rl.warm_up import demonstrations, load_start, make_start
 from tests.fp8rl.run_helpers import TINY
 
 SHAPE = {"num_layers": 1, "hidden_size": 128, "ffn_hidden_size": 128, "num_heads": 2}
@@ -67,6 +67,35 @@ def test_a_start_is_that_of_its_warm_up_and_made_once(start: Path, tmp_path: Pat
     written = made.stat().st_mtime_ns
     make_start(config(None), start)
     assert made.stat().st_mtime_ns == written
+
+
+def test_planted_outliers_change_k_biases_alone_and_hardly_the_policy(tmp_path: Path) -> None:
+    def state_and_logprobs(outliers: float | None) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        run, folder = config(None, model=SHAPE | {"family": "qwen2"}), tmp_path / f"{outliers}"
+        warmup = run.warmup.model_copy(update={"key_outliers": outliers})
+        run = run.model_copy(update={"warmup": warmup})
+        make_start(run, folder)
+        task = DigitTask(run.task, run.seed)
+        with init_distributed(run):
+            trainer = MegatronTrainer(run, task.vocab_size)
+            load_start(folder, run, trainer)
+            return trainer.state(), trainer.log_probs(demonstrations(run, task, 0))
+
+    (plain, expected), (planted, found) = state_and_logprobs(None), state_and_logprobs(100.0)
+    name = "decoder.layers.0.self_attention.linear_qkv.bias"
+    changed = {n for n in plain if not torch.equal(plain[n], planted[n])}
+    assert changed == {f"master/{name}", f"model/{name}"}
+    moved = (planted[f"master/{name}"] - plain[f"master/{name}"]).view(2, 3, 64)
+    assert not moved[:, [0, 2]].any(), "q and v of each head stay"
+    slow = moved[:, 1].nonzero()[:, 1].unique()
+    assert slow.tolist() == [*range(24, 32), *range(56, 64)], "the slowest quarter of RoPE's pairs"
+    assert moved[:, 1, slow].abs().min() >= 50 and moved.abs().max() <= 100
+    assert (found - expected).abs().mean() < 0.05, "BF16 has 0.5 between numbers there"
+
+
+def test_outliers_need_biases(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"key_outliers is 50, which needs the K biases of model"):
+        config(None, warmup={"key_outliers": 50.0})
 
 
 @pytest.mark.parametrize(
