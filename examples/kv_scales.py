@@ -132,7 +132,7 @@ class Study:
             shutil.rmtree(self.folder.path)
         with open_session(self.config, resume=False, command=command) as run:
             if self.arm == "stale":
-                run.calibration = StaleScales(run, self.stale)
+                run.serving.calibration = StaleScales(run, self.stale)
             (self.folder.path / "key_channels.json").write_text(json.dumps(key_channels(run)))
             assert run.engine is not None  # the trainer has one rank
             capacity: Metrics = {"kv/cache_tokens": run.engine.kv_cache_tokens}
@@ -152,9 +152,9 @@ class StaleScales(Calibration):
         self._late = late
         self._measured: list[KVScales] = []
 
-    def measure(self, version: int) -> KVScales:
+    def measure(self, version: int, *, anew: bool = False) -> KVScales:
         """Return the scales to publish with ``version``; called once for each, from 0 on."""
-        fresh = super().measure(version)
+        fresh = super().measure(version, anew=anew)
         assert isinstance(fresh, KVScales)  # kv_scales.measured_by is trainer
         self._measured.append(fresh)
         used = self._measured[max(0, version - self._late)]

@@ -51,6 +51,9 @@ Examples:
 - `fp8rl train examples/grpo.yaml trainer.precision=fp8-aligned`: the trainer computes with the
   FP8 weights that the engine holds
 
+- `fp8rl train examples/grpo.yaml drift.every=10 drift.answer=fall-back`: where engine and trainer
+  drift apart, the cache or the weights go on in BF16
+
 - `fp8rl train --resume runs/demo`: go on where a run was stopped or killed
 """
 

@@ -2,6 +2,7 @@
 
 Version v of the policy is the policy after v steps. A step
 
+    restart    where drift is answered by falling back: a new engine, with less in FP8
     observe    q, k, v of version v on the batch just trained -> KV scales that carry v
     publish    quantize version v, send it with its scales; the engine proves and commits it
     rollout    groups of responses, each token with its behaviour log-prob and version
@@ -32,7 +33,8 @@ from fp8rl.quant import KVScales
 from fp8rl.rollout_batch import RolloutBatch, examples_batch, rollout_batch, share
 from fp8rl.routing import compare_routes
 from fp8rl.run_dir import Metrics
-from fp8rl.session import OpenEngine, Session, open_session
+from fp8rl.serving import OpenEngine
+from fp8rl.session import Session, open_session
 from fp8rl.stopping import StopRequest
 from fp8rl.trainer.learning import learn
 
@@ -67,7 +69,7 @@ def train(
             if version == config.steps:
                 break
             asked = stop.agreed()
-            run.save(version + 1, now=asked)
+            run.save(version + 1, now=asked or run.falls_back)  # what was done, before a restart
             if asked:
                 raise KeyboardInterrupt
     return config.run_dir
@@ -75,8 +77,13 @@ def train(
 
 def step(run: Session, version: int) -> Metrics:
     """Publish ``version``, and unless it is the last, learn version + 1 from it."""
-    config = run.config
     metrics: Metrics = {"step": version, "version": version}
+    if run.falls_back:
+        with run.phase("restart"):
+            run.fall_back()
+    config = run.config
+    if config.drift.answer == "fall-back":
+        metrics["drift/precision"] = config.rollout.precision
     with run.phase("observe"):
         anew = run.drift.recalibrates
         scales = run.calibration.measure(version, anew=anew) if run.calibration else None
@@ -102,7 +109,7 @@ def step(run: Session, version: int) -> Metrics:
         if tightens := run.drift.tightens:
             config = config.model_copy(update={"correction": tightened(config.correction)})
         metrics |= learn(config, run.trainer, rollout, old_logprobs, version)
-    if config.drift.answer != "none":
+    if config.drift.answer in ("recalibrate", "tighten"):
         metrics["drift/answered"] = int(tightens or anew)
     if run.calibration:
         run.calibration.trained = rollout.batch
@@ -135,6 +142,9 @@ def probe(run: Session, rollout: RolloutBatch, version: int, metrics: Metrics) -
     metrics |= found
     for warning in run.drift.warnings(found):
         run.progress.message(warning)
+    if fall := run.drift.fall_back(found):
+        metrics |= fall.metrics
+        run.progress.message(fall.line)
 
 
 def score(run: Session, rollout: RolloutBatch, metrics: Metrics) -> Tensor:

@@ -1,15 +1,16 @@
-"""What a run stands on: folder, task, engine, trainer, publisher, checkpoint; set up, torn down.
+"""What a run stands on: folder, task, trainer, checkpoint and what samples; set up, torn down.
 
 ``open_session`` brings everything up in an order that overlaps the engine's start with the
 warm-up, and takes everything down whatever happens: no process and no shared memory stays behind.
-The loop (``loop.py``) is given a ``Session`` and asks nothing else of the world.
+The loop (``loop.py``) is given a ``Session`` and asks nothing else of the world. The engine and
+what goes with it are a ``Serving``, which a run that falls back replaces by another.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -18,51 +19,78 @@ import torch.distributed as dist
 from rich.console import Console
 
 from fp8rl import checkpoint
-from fp8rl.batch import TokenBatch
 from fp8rl.calibration import Calibration
 from fp8rl.config.file import dump_config
-from fp8rl.config.rollout import FP8_CACHE
+from fp8rl.config.rollout import RolloutConfig
 from fp8rl.config.run import RunConfig
-from fp8rl.drift.watch import DriftWatch
+from fp8rl.drift.answer import fallen_back
+from fp8rl.drift.watch import FALLEN_BACK, DriftWatch, fallen_back_in
 from fp8rl.engine.rollout import RolloutEngine
-from fp8rl.engine.settings import EngineSettings
 from fp8rl.environment import environment
 from fp8rl.progress import Progress
 from fp8rl.report.summary import closing_table, result, write_report
 from fp8rl.report.words import describe
-from fp8rl.rollout_batch import prompts_batch, width
 from fp8rl.run_dir import Metrics, RunDir
 from fp8rl.segments import Bounds, SegmentPool, first_seed
+from fp8rl.serving import OpenEngine, Serving
 from fp8rl.sync.publisher import Publisher
 from fp8rl.task import DigitTask, TokenIds
 from fp8rl.trainer.distributed import init_distributed
 from fp8rl.trainer.megatron import MegatronTrainer
-from fp8rl.trainer.megatron_model import hf_config
-from fp8rl.warm_up import demonstrations, load_start, warm_up
-
-OpenEngine = Callable[[EngineSettings, Path], AbstractContextManager[RolloutEngine]]
+from fp8rl.warm_up import load_start, warm_up
 
 
 @dataclass
 class Session:
     """A run in progress, on one trainer rank."""
 
-    config: RunConfig
+    config: RunConfig  # with the rollout that it goes on with, where it has fallen back
     command: str
     rank: int
     folder: RunDir
     task: DigitTask
     trainer: MegatronTrainer
-    publisher: Publisher
-    engine: RolloutEngine | None  # on rank 0 alone
+    serving: Serving
     pool: SegmentPool  # of the responses begun; stays empty on other ranks
     progress: Progress
     console: Console
     version: int  # the first version to publish
-    calibration: Calibration | None  # of the KV scales; None where the cache is BF16
-    drift: DriftWatch
     draws: bool  # picture and report at the end
     _began: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def engine(self) -> RolloutEngine | None:
+        """What samples; on rank 0 alone."""
+        return self.serving.engine
+
+    @property
+    def publisher(self) -> Publisher:
+        """What sends it weights."""
+        return self.serving.publisher
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What measures its KV scales; None where the cache is BF16."""
+        return self.serving.calibration
+
+    @property
+    def drift(self) -> DriftWatch:
+        """What compares it with the trainer."""
+        return self.serving.drift
+
+    @property
+    def falls_back(self) -> bool:
+        """Whether the next step needs an engine in another precision: the same on every rank."""
+        return self.drift.rollout != self.config.rollout
+
+    def fall_back(self) -> None:
+        """Replace the engine by one in the precision that drift asks for: a collective.
+
+        Raises:
+            EngineError: it does not come up.
+        """
+        self.config = _with_rollout(self.config, self.drift.rollout)
+        self.serving.restart(self.config)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -93,10 +121,7 @@ class Session:
             checkpoint.save(
                 self.folder.checkpoints,
                 version,
-                self.trainer.state()
-                | self.pool.state()
-                | (self.calibration.state() if self.calibration else {})
-                | self.drift.state(),
+                self.trainer.state() | self.pool.state() | self.serving.state(),
                 rank=self.rank,
                 world_size=self.config.world_size,
                 extra={},
@@ -127,30 +152,32 @@ def open_session(
         rank = stack.enter_context(init_distributed(config))
         folder = _open_folder(config, resume, rank)
         stack.enter_context(folder.locked() if rank == 0 else nullcontext())
-        settings = engine_settings(config, task)
-        engine = None
-        if rank == 0:  # it comes up while the trainer warms up
-            engine = stack.enter_context(open_engine(settings, folder.path))
-        trainer = MegatronTrainer(config, task.vocab_size, settings.plan())
+        saved = _saved(config, folder, rank) if resume else None
+        if saved is not None:
+            fallen = fallen_back_in(saved.tensors)
+            config = _with_rollout(config, fallen_back(config.rollout, fallen))
+        serving = stack.enter_context(Serving(config, task, folder.path, open_engine))
+        trainer = MegatronTrainer(config, task.vocab_size, serving.settings.plan())
         console = Console()
         title = describe(config.model_dump(mode="json"))
         progress = Progress(config.steps, title, console, enabled=rank == 0)
         display = stack.enter_context(ExitStack())
         display.enter_context(progress)
-        calibration = None
-        if config.rollout.precision in FP8_CACHE:
-            calibration = _calibration(config, task, trainer, engine)
-            if caveat := calibration.caveat():
-                progress.message(caveat)
+        serving.attach(trainer)
+        if serving.calibration and (caveat := serving.calibration.caveat()):
+            progress.message(caveat)
         pool = segment_pool(config, task)
-        drift = DriftWatch(config, trainer, engine, settings.plan())
-        states: list[SegmentPool | DriftWatch | Calibration] = [pool, drift]
-        states += [calibration] if calibration else []
-        version = _restore(config, folder, trainer, states, task, rank, resume, progress)
-        layers = config.model.num_layers if settings.fp8_kv else 0
+        if saved is None:
+            version = _begin(config, folder, trainer, task, rank, progress)
+        else:
+            version = _restore(saved, folder, trainer, pool, serving, rank)
+            progress.message(
+                f"resumed at version {version} from its checkpoint; the engine is in "
+                f"{config.rollout.precision}"
+            )
+        del saved  # it is as large as the trainer
         with progress.phase("waiting for the rollout engine", timed=False):
-            publisher = stack.enter_context(Publisher(settings.plan(), engine, kv_layers=layers))
-            dist.barrier()  # the other ranks wait for it too, and stop with rank 0 at Ctrl-C
+            serving.connect()
         session = Session(
             config=config,
             command=command,
@@ -158,14 +185,11 @@ def open_session(
             folder=folder,
             task=task,
             trainer=trainer,
-            publisher=publisher,
-            engine=engine,
+            serving=serving,
             pool=pool,
             progress=progress,
             console=console,
             version=version,
-            calibration=calibration,
-            drift=drift,
             draws=draws,
         )
         if version == 0:
@@ -174,23 +198,6 @@ def open_session(
         display.close()
         if rank == 0:
             _conclude(session)
-
-
-def engine_settings(config: RunConfig, task: DigitTask) -> EngineSettings:
-    """The engine that this run needs."""
-    rows = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
-    longest = width(task) + 1  # rows are measured whole, and vLLM wants room for a token after them
-    return EngineSettings(
-        hf_config=hf_config(config.model, task.vocab_size, longest),
-        precision=config.rollout.precision,
-        max_model_len=longest,
-        max_num_seqs=rows,
-        kv_cache_bytes=int(config.rollout.kv_cache_gib * 2**30),
-        seed=config.seed,
-        activations=config.rollout.activations,
-        scale_format=config.rollout.scale_format,
-        router=config.rollout.router,
-    )
 
 
 def segment_pool(config: RunConfig, task: DigitTask) -> SegmentPool:
@@ -216,18 +223,6 @@ def segment_pool(config: RunConfig, task: DigitTask) -> SegmentPool:
     return SegmentPool(bounds, prompt)
 
 
-def _calibration(
-    config: RunConfig, task: DigitTask, trainer: MegatronTrainer, engine: RolloutEngine | None
-) -> Calibration:
-    """How this run gets its KV scales."""
-
-    def prompts(version: int) -> TokenBatch:
-        return prompts_batch(task, task.train_prompts(version, config.rollout.prompts_per_step))
-
-    fixed = demonstrations(config, task, config.warmup.steps)  # after the last of the warm-up
-    return Calibration(config.kv_scales, trainer, engine, prompts=prompts, fixed=fixed)
-
-
 def _conclude(run: Session) -> None:
     """Write result.json, the picture and the report; print the closing table."""
     found = result(run.folder, command=run.command, environment=environment())
@@ -246,33 +241,52 @@ def _open_folder(config: RunConfig, resume: bool, rank: int) -> RunDir:
     return RunDir.open(path)
 
 
-def _restore(
+def _with_rollout(config: RunConfig, rollout: RolloutConfig) -> RunConfig:
+    return config.model_copy(update={"rollout": rollout})
+
+
+def _saved(config: RunConfig, folder: RunDir, rank: int) -> checkpoint.Checkpoint | None:
+    """The last checkpoint; None where the run was stopped before the first."""
+    last = checkpoint.latest(folder.checkpoints)
+    if last is None:
+        return None
+    saved = checkpoint.load(last, rank=rank, world_size=config.world_size)
+    saved.require([FALLEN_BACK])
+    return saved
+
+
+def _begin(
     config: RunConfig,
     folder: RunDir,
     trainer: MegatronTrainer,
-    states: Sequence[SegmentPool | DriftWatch | Calibration],
     task: DigitTask,
     rank: int,
-    resume: bool,
     progress: Progress,
 ) -> int:
-    """Load the last checkpoint, or the start, or warm up; returns the version to publish."""
-    last = checkpoint.latest(folder.checkpoints) if resume else None
-    if last is None:
-        if rank == 0:
-            folder.truncate_metrics(after_step=-1)
-        if config.warmup.start_from is not None:
-            load_start(config.warmup.start_from, config, trainer)
-        else:
-            warm_up(config, trainer, task, progress)
-        return 0
-    saved = checkpoint.load(last, rank=rank, world_size=config.world_size)
-    saved.require(name for part in states for name in part.state())
+    """Load the start, or warm up; returns the version to publish."""
+    if rank == 0:
+        folder.truncate_metrics(after_step=-1)
+    if config.warmup.start_from is not None:
+        load_start(config.warmup.start_from, config, trainer)
+    else:
+        warm_up(config, trainer, task, progress)
+    return 0
+
+
+def _restore(
+    saved: checkpoint.Checkpoint,
+    folder: RunDir,
+    trainer: MegatronTrainer,
+    pool: SegmentPool,
+    serving: Serving,
+    rank: int,
+) -> int:
+    """Take over what was saved; returns the version to publish."""
+    saved.require(pool.state() | serving.state())
     ours = {n for n in saved.tensors if n.startswith(("calibration/", "drift/", "pool/"))}
     trainer.load_state({n: t for n, t in saved.tensors.items() if n not in ours})
-    for part in states:
-        part.load_state(saved.tensors)
+    pool.load_state(saved.tensors)
+    serving.load_state(saved.tensors)
     if rank == 0:  # steps after the checkpoint are done again
         folder.truncate_metrics(after_step=saved.step - 1)
-    progress.message(f"resumed at version {saved.step} from {last}")
     return saved.step

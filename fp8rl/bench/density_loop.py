@@ -30,7 +30,8 @@ from fp8rl.bench.density_theory import Expected, expected_changes
 from fp8rl.config.run import RunConfig
 from fp8rl.loop import step
 from fp8rl.quant import QuantPlan
-from fp8rl.session import Session, engine_settings, open_session
+from fp8rl.serving import engine_settings
+from fp8rl.session import Session, open_session
 from fp8rl.trainer.megatron import MegatronTrainer
 
 SETTLING = 20  # steps, as long as the longer of Adam's memories

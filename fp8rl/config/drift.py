@@ -36,9 +36,10 @@ class DriftConfig(Frozen):
     warn_logprob: float = Field(
         0.2, gt=0, description="warn where log-probs differ by this in the mean, nats"
     )
-    answer: Literal["none", "recalibrate", "tighten"] = Field(
+    answer: Literal["none", "recalibrate", "tighten", "fall-back"] = Field(
         "none",
-        description="to a warning, until a probe finds nothing. recalibrate: where the KV cache is "
+        description="to a warning. Until a probe finds nothing: recalibrate: where the KV cache is "
         "to blame, its scales are measured anew, on 4 times the tokens; tighten: the correction's "
-        "bounds on the ratio go to their square roots",
+        "bounds on the ratio go to their square roots. For good: fall-back: a new engine, with the "
+        "KV cache or the weights in BF16, whichever is to blame",
     )

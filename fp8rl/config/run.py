@@ -18,7 +18,7 @@ from fp8rl.config.drift import DriftConfig
 from fp8rl.config.model import BLOCK, VOCAB_MULTIPLE, Frozen, ModelConfig
 from fp8rl.config.rollout import BF16_WEIGHTS, FP8_CACHE, KVScaleConfig, RolloutConfig
 from fp8rl.correction import CorrectionConfig, LossConfig, PPOClip, check_bypass
-from fp8rl.drift.answer import can_tighten
+from fp8rl.drift.answer import can_fall_back, can_tighten
 
 TrainerPrecision = Literal["bf16", "fp8-aligned"]
 
@@ -219,7 +219,22 @@ class RunConfig(Frozen):
                 "drift.answer is tighten, but correction.stages have no bound on a ratio to "
                 "tighten; add one, as {kind: tis, cap: 2.0}"
             )
+        if answer == "fall-back":
+            self._check_fall_back()
         return self
+
+    def _check_fall_back(self) -> None:
+        if not can_fall_back(self.rollout):
+            raise ValueError(
+                f"drift.answer is fall-back, but rollout.precision is {self.rollout.precision}: "
+                "nothing is FP8 that could become BF16; use drift.answer=none or tighten"
+            )
+        if self.trainer.precision == "fp8-aligned":
+            raise ValueError(
+                "drift.answer is fall-back, but trainer.precision is fp8-aligned: the trainer "
+                "computes with the FP8 weights that the engine would no longer have; use "
+                "trainer.precision=bf16, or another drift.answer"
+            )
 
     @property
     def world_size(self) -> int:

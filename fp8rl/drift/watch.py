@@ -4,19 +4,23 @@ A probe (``probe.py``) says for each layer how far engine and trainer are apart,
 (``parts.py``). What the engine's roundings explain is the price of FP8, and known; what they
 do not is small, or something is wrong in the engine: a kernel, a buffer, weights that changed after
 they were proven. A threshold that is passed is told once, with the layers and what to do, and again
-only after a probe that found it kept.
+only after a probe that found it kept. What the run itself does about it is in ``answer.py``.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fp8rl.batch import TokenBatch
+from fp8rl.config.rollout import RolloutConfig
 from fp8rl.config.run import RunConfig
+from fp8rl.drift.answer import Part, blamed, fallen_back
 from fp8rl.drift.probe import Probe
 from fp8rl.engine.rollout import RolloutEngine
 from fp8rl.quant import KVScales, QuantPlan
@@ -61,6 +65,35 @@ LIMITS = {
         "(correction.stages)",
     ),
 }
+FALLEN_BACK = "drift/fallen_back"  # in the state
+
+
+@dataclass(frozen=True)
+class FallBack:
+    """What a probe's rollout goes on as, and why; ``after`` is ``before`` where nothing is left."""
+
+    before: RolloutConfig
+    after: RolloutConfig
+    why: str
+
+    @property
+    def line(self) -> str:
+        """What the console is told."""
+        old, new = self.before.precision, self.after.precision
+        if self.after == self.before:
+            return (
+                "drift: nothing is left to fall back to, for nothing in the engine is FP8; the run "
+                f"goes on as it is, with {self.why}"
+            )
+        return (
+            f"drift: from the next step on a new engine runs in {new} in place of {old}, for good: "
+            f"{self.why}"
+        )
+
+    @property
+    def metrics(self) -> Metrics:
+        """What the step's metrics are told; nothing where nothing changes."""
+        return {} if self.after == self.before else {"drift/fall_back": self.why}
 
 
 class DriftWatch:
@@ -74,8 +107,11 @@ class DriftWatch:
         plan: QuantPlan,
     ) -> None:
         self._config = config.drift
+        self._rollout = config.rollout
         self._probe = Probe(config, trainer, engine, plan)
         self._warned: set[str] = set()  # metrics beyond their thresholds at the last probe
+        self._fallen_back: frozenset[Part] = frozenset()
+        self._told_the_end = False  # that nothing is left to fall back to
 
     def due(self, version: int) -> bool:
         """Whether this step has a probe; the first has."""
@@ -100,13 +136,9 @@ class DriftWatch:
     def warnings(self, metrics: Metrics) -> list[str]:
         """One line for each kind of threshold that metrics of this probe are the first to pass."""
         beyond = self.beyond(metrics)
-        new = [key for key in beyond if key not in self._warned]
+        new = {key: value for key, value in beyond.items() if key not in self._warned}
         self._warned = set(beyond)
-        kinds = dict.fromkeys(_kind(key) for key in new)
-        return [
-            self._line(kind, {key: beyond[key] for key in new if _kind(key) == kind})
-            for kind in kinds
-        ]
+        return [self._line(kind, found) for kind, found in _by_kind(new).items()]
 
     @property
     def recalibrates(self) -> bool:
@@ -119,14 +151,37 @@ class DriftWatch:
         """Whether to tighten the correction, for the last probe passed a threshold."""
         return self._config.answer == "tighten" and bool(self._warned)
 
+    def fall_back(self, metrics: Metrics) -> FallBack | None:
+        """What to do about a probe where drift is answered by falling back; None is nothing.
+
+        That nothing is left is said once.
+        """
+        found = _by_kind(self.beyond(metrics))
+        if self._config.answer != "fall-back" or not found:
+            return None
+        self._fallen_back |= blamed(self._rollout, found)
+        after = self.rollout
+        if after == self._rollout and self._told_the_end:
+            return None
+        self._told_the_end |= after == self._rollout
+        return FallBack(self._rollout, after, "; ".join(map(_worst, found.values())))
+
+    @property
+    def rollout(self) -> RolloutConfig:
+        """The rollout of the next step: as it was, but for what has fallen back."""
+        return fallen_back(self._rollout, self._fallen_back)
+
     def state(self) -> dict[str, Tensor]:
         """What the next probe needs, for a checkpoint."""
-        text = json.dumps(sorted(self._warned)).encode()
-        return {"drift/warned": torch.tensor(list(text), dtype=torch.uint8)}
+        fallen = {"parts": sorted(self._fallen_back), "told_the_end": self._told_the_end}
+        return {"drift/warned": _packed(sorted(self._warned)), FALLEN_BACK: _packed(fallen)}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take over what ``state`` returned."""
-        self._warned = set(json.loads(bytes(state["drift/warned"].tolist())))
+        self._warned = set(_unpacked(state["drift/warned"]))
+        fallen = _unpacked(state[FALLEN_BACK])
+        self._fallen_back = frozenset(fallen["parts"])
+        self._told_the_end = fallen["told_the_end"]
 
     def _limit(self, key: str) -> float | None:
         name, _, _ = LIMITS.get(_kind(key), ("", "", ""))
@@ -142,6 +197,27 @@ class DriftWatch:
         )
 
 
+def _worst(found: Mapping[str, float]) -> str:
+    """The worst of the metrics of one kind, in words."""
+    key = max(found, key=lambda key: found[key])
+    _, what, _ = LIMITS[_kind(key)]
+    return f"{found[key]:.3g} {what}{_where(key)}"
+
+
+def _by_kind(found: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    kinds = dict.fromkeys(map(_kind, found))
+    return {kind: {k: v for k, v in found.items() if _kind(k) == kind} for kind in kinds}
+
+
+def _packed(value: object) -> Tensor:
+    """JSON as the bytes of a tensor."""
+    return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _unpacked(tensor: Tensor) -> Any:
+    return json.loads(bytes(tensor.tolist()))
+
+
 def _kind(key: str) -> str:
     """``unexplained`` of ``drift/3/unexplained``, ``logprob`` of ``drift/logprob``."""
     return key.rpartition("/")[2]
@@ -155,3 +231,8 @@ def _where(key: str) -> str:
 def _others(worst: str, found: Mapping[str, float]) -> str:
     layers: Sequence[str] = [key.split("/")[1] for key in found if key != worst]
     return f" (also in layers {', '.join(layers)})" if layers else ""
+
+
+def fallen_back_in(state: Mapping[str, Tensor]) -> frozenset[Part]:
+    """The parts that have fallen back, of a ``DriftWatch.state``."""
+    return frozenset(_unpacked(state[FALLEN_BACK])["parts"])

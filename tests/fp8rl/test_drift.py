@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 import torch
@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp8rl.config.file import parse_config
+from fp8rl.config.rollout import Precision, RolloutConfig
 from fp8rl.config.run import RunConfig
-from fp8rl.drift.answer import tightened
+from fp8rl.drift.answer import BOTH, blamed, fallen_back, tightened
 from fp8rl.drift.parts import TRAINER, compare
-from fp8rl.drift.watch import LIMITS, DriftWatch
+from fp8rl.drift.watch import LIMITS, DriftWatch, fallen_back_in
 from fp8rl.errors import ConfigError
 from fp8rl.quant import QuantPlan
+from fp8rl.run_dir import Metrics
 from fp8rl.sync.streams import StreamObservation
 from fp8rl.trainer.distributed import init_distributed
 from fp8rl.trainer.megatron import MegatronTrainer
@@ -206,6 +208,18 @@ def test_a_tightened_correction_has_the_square_roots_of_its_bounds() -> None:
             {"drift": {"answer": "recalibrate", "every": 1}, "kv_scales": {"recalibrate": "never"}},
             "no KV scales to measure",
         ),
+        ({"drift": {"answer": "fall-back"}}, "no probe is due; set drift.every"),
+        (
+            {"drift": {"answer": "fall-back", "every": 1}, "rollout": {"precision": "bf16"}},
+            "precision is bf16: nothing is FP8 that could become BF16",
+        ),
+        (
+            {
+                "drift": {"answer": "fall-back", "every": 1},
+                "trainer": {"precision": "fp8-aligned"},
+            },
+            "fp8-aligned: the trainer computes with the FP8 weights",
+        ),
     ],
 )
 def test_an_answer_that_could_not_be_given_is_refused(
@@ -227,3 +241,86 @@ def test_the_answer_holds_until_a_probe_finds_nothing(watch: DriftWatch) -> None
         assert (watch.recalibrates, watch.tightens) == (recalibrates, tightens)
         watch.warnings({key: 0.01})
         assert not watch.recalibrates and not watch.tightens
+
+
+@pytest.mark.parametrize(
+    ("before", "kinds", "after"),
+    [
+        ("fp8-kv", {"cache"}, "fp8"),
+        ("kv-only", {"cache", "logprob"}, "bf16"),
+        ("fp8-kv", {"unexplained"}, "kv-only"),
+        ("fp8-kv", {"misrouted", "logprob"}, "kv-only"),
+        ("fp8", {"weights"}, "bf16"),
+        ("fp8", {"activations", "head"}, "bf16"),
+        ("fp8-kv", {"cache", "embedding"}, "bf16"),
+        ("fp8-kv", {"logprob"}, "bf16"),
+        ("kv-only", {"unexplained"}, "bf16"),  # the cache is the last that is FP8
+        ("bf16", {"unexplained"}, "bf16"),
+    ],
+)
+def test_what_is_blamed_becomes_bf16(before: Precision, kinds: set[str], after: str) -> None:
+    rollout = RolloutConfig(precision=before)
+    found = fallen_back(rollout, blamed(rollout, kinds))
+    assert found.precision == after
+    assert fallen_back(found, BOTH).precision == "bf16"
+    assert found.model_dump(exclude={"precision"}) == rollout.model_dump(exclude={"precision"})
+
+
+def test_settings_of_fp8_weights_go_with_them_and_with_nothing_else() -> None:
+    fp8 = RolloutConfig(activations="fp8", scale_format="fp32", router="fp8-rounded")
+    cache = fallen_back(fp8, {"cache"})
+    assert cache == fp8.model_copy(update={"precision": "fp8"})
+    for parts in ({"weights"}, BOTH):
+        plain = fallen_back(fp8, parts)
+        assert (plain.activations, plain.scale_format, plain.router) == (None, "pow2", "bf16")
+    rounded = RolloutConfig(precision="kv-only", activations="bf16", router="fp8-rounded")
+    router = fallen_back(rounded, blamed(rounded, {"misrouted"}))
+    assert router == rounded.model_copy(update={"router": "bf16"}), "weights that are left to blame"
+    assert fallen_back(router, blamed(router, {"misrouted"})).precision == "bf16"
+
+
+def falling_back(precision: str) -> RunConfig:
+    drift = {"every": 1, "answer": "fall-back"}
+    return config(**drift).model_copy(update={"rollout": RolloutConfig(precision=precision)})
+
+
+@pytest.fixture
+def fall_back() -> Iterator[Callable[[str], DriftWatch]]:
+    """Makes the watch of a run that falls back, in a precision."""
+    made = falling_back("fp8-kv")
+    plan = QuantPlan.from_hf_config(hf_config(made.model, 64, 16))
+    with init_distributed(made):
+        trainer = MegatronTrainer(made, 64)
+        yield lambda precision: DriftWatch(falling_back(precision), trainer, None, plan)
+
+
+def test_a_run_falls_back_part_by_part_and_says_once_when_nothing_is_left(
+    fall_back: Callable[[str], DriftWatch],
+) -> None:
+    fault: Metrics = {"drift/0/unexplained": 0.5, "drift/1/unexplained": 0.6, "drift/tokens": 9}
+    watch = fall_back("fp8-kv")
+    assert watch.fall_back({"drift/0/unexplained": 0.01}) is None
+    assert watch.rollout.precision == "fp8-kv"
+    for before, after in (("fp8-kv", "kv-only"), ("kv-only", "bf16")):
+        found = watch.fall_back(fault)
+        assert found is not None and found.metrics == {
+            "drift/fall_back": "0.6 of what the layer adds is unexplained in layer 1"
+        }
+        assert f"in {after} in place of {before}, for good: 0.6 of what" in found.line
+        assert watch.rollout.precision == after
+        state = watch.state()
+        watch = fall_back(after)
+        watch.load_state(state)
+    end = watch.fall_back(fault)
+    assert end is not None and end.metrics == {}
+    assert end.line.startswith("drift: nothing is left to fall back to")
+    assert watch.fall_back(fault) is None
+    again = fall_back("bf16")
+    again.load_state(watch.state())
+    assert again.fall_back(fault) is None, "told before the resume"
+    assert fallen_back_in(watch.state()) == BOTH
+
+
+def test_only_the_answer_fall_back_falls_back(watch: DriftWatch) -> None:
+    assert watch.fall_back({"drift/0/unexplained": 0.5}) is None
+    assert watch.rollout == config().rollout
