@@ -3,7 +3,8 @@
     saturation   share of the elements of q, k or v beyond 448 times the scale: they were clipped
     underflow    share of the elements not 0 that the scale rounds to 0
 
-Both were counted on the step's own rollout tokens. Everything comes from the run folder's
+Both were counted on the step's own rollout tokens. Beside them, where the run has a drift watch,
+what its last probe found. Everything comes from the run folder's
 config.yaml and metrics.jsonl: no engine is started, and torch is not imported.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fp8rl.errors import RunDirError
+from fp8rl.report.drift import WorstLayer, worst_layer
 from fp8rl.report.words import ARMS, percent, warn_saturation
 from fp8rl.run_dir import Metrics, RunDir
 
@@ -47,13 +50,27 @@ class TensorHealth:
 
 
 @dataclass(frozen=True)
+class DriftHealth:
+    """The last probe of engine against trainer: thresholds that it passed, and the worst layer."""
+
+    warnings: int
+    worst: WorstLayer
+
+    @property
+    def line(self) -> str:
+        """What the doctor says of it."""
+        passed = f"{self.warnings} warnings of the last probe"
+        return f"Drift of engine and trainer: {passed}; most in {self.worst.words}."
+
+
+@dataclass(frozen=True)
 class KVHealth:
     """The KV scales of one step of a run.
 
     precision: the run's rollout.precision. step, version: None where no step of the run has KV
     scales, and ``tensors`` is then empty. tokens: on how many the scales were measured. changed:
     how many scales differ from the step's before. worst_saturation: the highest of any tensor in
-    any step.
+    any step. drift: None where the run had no probe.
     """
 
     precision: str
@@ -65,6 +82,7 @@ class KVHealth:
     changed: int | None
     worst_saturation: float | None
     tensors: tuple[TensorHealth, ...]
+    drift: DriftHealth | None
 
     @property
     def saturated(self) -> list[TensorHealth]:
@@ -124,13 +142,15 @@ def kv_health(path: Path) -> KVHealth:
             (_number(m, "kv/saturation_max") or 0.0 for m in counted), default=None
         ),
         tensors=tuple(_tensors(line)),
+        drift=_drift(metrics),
     )
 
 
 def health_table(health: KVHealth) -> RenderableType:
     """What the doctor shows of it on a terminal."""
+    drift = [Text(health.drift.line)] if health.drift else []
     if health.step is None:
-        return Text(_nothing_to_see(health))
+        return Group(Text(_nothing_to_see(health)), *drift)
     table = Table(box=SIMPLE)
     for heading in ("layer", "tensor"):
         table.add_column(heading)
@@ -146,7 +166,7 @@ def health_table(health: KVHealth) -> RenderableType:
             percent(tensor.underflow),
             style="bold red" if tensor in bad else None,
         )
-    return Group(Text(_title(health), style="bold"), table, *_remarks(health))
+    return Group(Text(_title(health), style="bold"), table, *_remarks(health), *drift)
 
 
 def _settings(run: RunDir) -> tuple[str, float | None]:
@@ -175,6 +195,12 @@ def _tensors(line: Metrics) -> list[TensorHealth]:
         for layer in sorted(layers)
         for x in "qkv"
     ]
+
+
+def _drift(metrics: Sequence[Metrics]) -> DriftHealth | None:
+    probes = [line for line in metrics if "drift/warnings" in line]
+    worst = worst_layer(probes[-1:])
+    return DriftHealth(int(probes[-1]["drift/warnings"]), worst) if worst else None
 
 
 def _nothing_to_see(health: KVHealth) -> str:

@@ -10,19 +10,17 @@ drift        the drift watch, where it ran, did not warn
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from statistics import fmean
 
 from fp8rl.config.rollout import FP8_CACHE
 from fp8rl.report.check import OURS, Check
 from fp8rl.report.data import RunData
+from fp8rl.report.drift import worst_layer
 from fp8rl.report.page import Source, State
 from fp8rl.report.statistics import spikes
 from fp8rl.report.words import percent, warn_saturation
 
-DRIFT_OWN = re.compile(r"drift/(\d+)/own")
-DRIFT_PARTS = ("weights", "activations", "cache", "router", "unexplained")
 ERRORS = 3.0  # standard errors that a reward may fall by
 EVALUATIONS = 3  # in a row, whose mean is compared
 
@@ -144,7 +142,7 @@ def drift(run: RunData) -> Iterator[Check]:
     yield Check(
         "Drift warnings",
         "watch" if count else "good",
-        f"{count} in {len(series)} probes{_worst_layer(run)}",
+        f"{count} in {len(series)} probes{_worst_layer(run)}{_fell_back(run)}",
         "none",
         Source(
             "What of a layer, of its router or of all log-probs differs more between engine and "
@@ -159,18 +157,12 @@ def drift(run: RunData) -> Iterator[Check]:
 
 def _worst_layer(run: RunData) -> str:
     """In which layer and step engine and trainer were farthest apart, and most of it why."""
-    found = [
-        (float(value), int(line["step"]), match[1], line)
-        for line in run.metrics
-        for key, value in line.items()
-        if (match := DRIFT_OWN.fullmatch(key))
-    ]
-    if not found:
-        return ""
-    value, step, layer, line = max(found, key=lambda one: one[:3])
-    parts = {name: float(line.get(f"drift/{layer}/{name}", 0.0)) for name in DRIFT_PARTS}
-    source = max(parts, key=lambda name: parts[name])
-    return f"; most in layer {layer}, step {step}: {percent(value)} of what it adds, by {source}"
+    worst = worst_layer(run.metrics)
+    return f"; most in {worst.words}" if worst else ""
+
+
+def _fell_back(run: RunData) -> str:
+    return "".join(f"; {one.precision} from step {one.step} on" for one in run.fell_back)
 
 
 def _variance(share: float) -> float:

@@ -26,6 +26,7 @@ from fp8rl.report.quantities import BYTES, CACHE, QUANTITIES, REWARD, SPEED, STE
 from fp8rl.report.run_page import check_list, columns_of
 from fp8rl.report.statistics import Interval, difference, interval, ratio
 from fp8rl.report.verdict import WORDS, in_a_sentence, judge
+from fp8rl.report.words import fell_back
 
 NAMED_ARMS = 2  # in a title
 WORST_FIRST: tuple[State, ...] = ("bad", "watch", "unknown", "good")
@@ -73,6 +74,8 @@ def _notices(runs: Sequence[RunData]) -> Iterator[Markup]:
         if not run.ended:
             where = f"{run.path.name} stopped at step {run.steps} of {run.planned}"
             yield kit.notice(f"{where}, or is still running: its numbers are of fewer steps.")
+        for one in run.fell_back:
+            yield kit.notice(f"{run.path.name}: {fell_back(one)}")
     machines = other_machines(runs)
     if machines:
         differing = ", ".join(machines)

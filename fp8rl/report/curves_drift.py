@@ -1,7 +1,7 @@
 """The panels of the drift watch: where engine and trainer differ, when, and what of it is a fault.
 
 Two maps of layers by probes, and the sources in the mean over layers. In the maps colours are of a
-logarithmic scale, and what is exactly 0 is left blank.
+logarithmic scale, and what is exactly 0 is left blank. A dashed line is where the run fell back.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ def sources(axes: Axes, metrics: Sequence[Metrics]) -> None:
         steps, values = lines[0][0], zip(*(line[1] for line in lines), strict=False)
         heights = [100 * mean(of_step) for of_step in values]
         axes.plot(steps, heights, color=colour, label=name, marker=dot(steps))
+    _mark_fall_backs(axes, metrics, "black")
     axes.set_ylim(0, 1.4 * axes.get_ylim()[1])  # room for the legend
     axes.legend(loc="upper left", ncols=3, columnspacing=1.0)
 
@@ -142,6 +143,7 @@ def _map(axes: Axes, metrics: Sequence[Metrics], name: str) -> None:
         cmap="viridis",
         rasterized=True,
     )
+    _mark_fall_backs(axes, metrics, "white")
     axes.grid(False)
     axes.set_ylabel("layer")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -151,6 +153,15 @@ def _map(axes: Axes, metrics: Sequence[Metrics], name: str) -> None:
     note = f"layer {layers[row]}, step {steps[column]:.0f}: {rows[row][column]:.1%}"
     axes.set_title(note, loc="right", fontsize=9, fontweight="normal")
     return None
+
+
+def _mark_fall_backs(axes: Axes, metrics: Sequence[Metrics], colour: str) -> None:
+    """A line between the last step of the old engine and the first of the new one."""
+    for before, after in pairwise(metrics):
+        if "drift/fall_back" in before:
+            place = (float(before["step"]) + float(after["step"])) / 2
+            label = f"-> {after['drift/precision']}"
+            axes.axvline(place, color=colour, linestyle="--", label=label)
 
 
 def _layers(metrics: Sequence[Metrics]) -> list[int]:

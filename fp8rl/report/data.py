@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Self
@@ -17,6 +18,15 @@ from fp8rl.errors import RunDirError
 from fp8rl.run_dir import Metrics, RunDir
 
 ARM_KEYS = ("rollout", "trainer", "task", "correction")  # sections that each report reads
+
+
+@dataclass(frozen=True)
+class FellBack:
+    """That a run went on with less in FP8: from which step on, in what precision, and why."""
+
+    step: int
+    precision: str
+    why: str
 
 
 @dataclass(frozen=True)
@@ -63,8 +73,25 @@ class RunData:
 
     @property
     def precision(self) -> str:
-        """``rollout.precision``."""
+        """``rollout.precision``: what the run began in."""
         return str(self.config["rollout"]["precision"])
+
+    @property
+    def fell_back(self) -> list[FellBack]:
+        """Where the run fell back, in order: the step after the probe that asked for it."""
+        return [
+            FellBack(
+                int(after["step"]), str(after["drift/precision"]), str(before["drift/fall_back"])
+            )
+            for before, after in pairwise(self.metrics)
+            if "drift/fall_back" in before
+        ]
+
+    @property
+    def last_precision(self) -> str:
+        """What its last step was in."""
+        fell_back = self.fell_back
+        return fell_back[-1].precision if fell_back else self.precision
 
     def series(self, key: str) -> Series:
         """The finite values of a metric, with their steps."""

@@ -22,18 +22,18 @@ def gains(run: RunData) -> list[Fact]:
     return [*_cache(run), *_bytes(run), *_speed(run), *_cost(run)]
 
 
-def bytes_of_a_token(config: Mapping[str, Any]) -> int:
-    """What a token takes of the run's KV cache, all layers together."""
+def bytes_of_a_token(config: Mapping[str, Any], precision: str) -> int:
+    """What a token takes of the KV cache in a precision, all layers together."""
     model = config["model"]
     numbers = 2 * model["num_layers"] * model["num_kv_heads"] * model["head_dim"]
-    return int(numbers) * (1 if config["rollout"]["precision"] in FP8_CACHE else BF16_BYTES)
+    return int(numbers) * (1 if precision in FP8_CACHE else BF16_BYTES)
 
 
 def _cache(run: RunData) -> list[Fact]:
     series = run.series("rollout/kv_cache_tokens")
     if series.last is None:
         return []
-    token, tokens = bytes_of_a_token(run.config), f"{series.last:,.0f}"
+    token, tokens = bytes_of_a_token(run.config, run.last_precision), f"{series.last:,.0f}"
     source = Source(
         "How many tokens of full-length requests the engine's KV cache holds at once; FP8 halves "
         "the bytes of a token, so that the same memory holds twice as many.",
@@ -42,7 +42,7 @@ def _cache(run: RunData) -> list[Fact]:
         "the last step",
         "the engine's own count",
     )
-    if run.precision not in FP8_CACHE:
+    if run.last_precision not in FP8_CACHE:
         remark = f"{token:,} bytes a token, in BF16"
         return [Fact(tokens, "tokens of KV cache", remark, source)]
     remark = f"{tokens} tokens, {token:,} bytes each; {2 * token:,} in BF16"

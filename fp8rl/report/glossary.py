@@ -177,6 +177,18 @@ DEFINITIONS: tuple[tuple[str, str, str, str], ...] = (
         "fp8rl/drift/answer.py",
     ),
     (
+        "drift/precision",
+        "What the step's engine had in FP8, where drift is answered by falling back.",
+        "",
+        "fp8rl/loop.py",
+    ),
+    (
+        "drift/fall_back",
+        "Why the next step starts a new engine with less in FP8.",
+        "",
+        "fp8rl/drift/answer.py",
+    ),
+    (
         "drift/logprob",
         "Log-probs of engine against trainer on the probe.",
         "mean |log p_engine - log p_trainer|, at temperature 1",

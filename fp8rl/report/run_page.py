@@ -19,7 +19,7 @@ from fp8rl.report.figures import figure, figure_row, paint
 from fp8rl.report.gains import gains
 from fp8rl.report.glossary import definition, groups
 from fp8rl.report.verdict import in_plain_words, judge
-from fp8rl.report.words import arm, correction, warn_saturation
+from fp8rl.report.words import arm, correction, fell_back, warn_saturation
 from fp8rl.run_dir import Metrics
 
 NOT_RECORDED = "not recorded: the run has not ended"
@@ -31,6 +31,7 @@ def run_page(run: RunData) -> str:
     page = kit.Page(arm(run.config), *_subtitles(run))
     if not run.ended:
         page.add(kit.notice(f"Stopped at step {run.steps} of {run.planned}, or still running."))
+    page.add(*[kit.notice(fell_back(one)) for one in run.fell_back])
     page.add(
         kit.columns(
             kit.answer(

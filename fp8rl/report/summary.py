@@ -3,6 +3,7 @@
     verdict      is FP8 safe for this run (``verdict.py``)
     reward       held-out, at the first and the last evaluation, and the best one
     mismatch     k3 and exp|dlogp|, means over steps of each step's mean over tokens
+    fell back    from which step on to what, and why, where drift asked for it
     sync         median seconds; bytes of the last update, beside what BF16 would take
     KV scales    how many changed; the highest share of clipped elements of a tensor in a step
     speed        median rollout tokens/s; mean seconds of each phase over all steps
@@ -14,6 +15,7 @@ metrics do not hold is None, shown as "-". The page itself is made in ``run_page
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,8 @@ def result(
         "command": command,
         "environment": None if environment is None else dict(environment),
         "config": data.config,
+        "precision": data.last_precision,
+        "fell_back": [asdict(one) for one in data.fell_back],
         "steps": data.steps,
         "verdict": judge(data).to_json(),
         "start_heldout_reward": heldout.first,
@@ -119,6 +123,10 @@ def headline(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     share = f"{sent / bf16:.0%} of BF16's {mib(bf16)}" if sent and bf16 else ""
     return [
         ("is FP8 safe here", found["verdict"]["word"], _open_checks(found["verdict"])),
+        *[
+            ("fell back", f"{one['precision']} from step {one['step']} on", one["why"])
+            for one in found["fell_back"]
+        ],
         (
             "held-out reward",
             f"{show(start, '.3f')} -> {show(end, '.3f')}",

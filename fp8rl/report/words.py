@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fp8rl.report.data import FellBack
 
 ARMS = {
     "bf16": "BF16 rollout",
@@ -43,6 +46,11 @@ def arm(config: Mapping[str, Any]) -> str:
     if config["rollout"]["precision"] in ("kv-only", "fp8-kv"):
         named += KV_SCALES[(config.get("kv_scales") or {}).get("recalibrate", "every-step")]
     return named
+
+
+def fell_back(found: FellBack) -> str:
+    """One sentence: what a run went on in, from when on, and why."""
+    return f"From step {found.step} on, for good: {ARMS[found.precision]}. Why: {found.why}."
 
 
 def correction(config: Mapping[str, Any]) -> str:

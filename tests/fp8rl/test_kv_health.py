@@ -102,6 +102,28 @@ def test_json_has_every_tensor_and_the_verdict(tmp_path: Path) -> None:
     assert len(found["tensors"]) == 6
 
 
+@pytest.mark.parametrize("precision", ["fp8", "fp8-kv"])
+def test_the_last_probe_of_the_drift_watch_is_told(tmp_path: Path, precision: str) -> None:
+    def probe(warnings: int, unexplained: float) -> Metrics:
+        parts = {"own": 0.1 + unexplained, "cache": 0.1, "unexplained": unexplained}
+        return {"drift/warnings": warnings, "drift/0/own": 0.1} | {
+            f"drift/1/{name}": value for name, value in parts.items()
+        }
+
+    steps = [scales(2) | rates(2)] * 4 if precision == "fp8-kv" else [{}] * 4
+    steps[1] = steps[1] | probe(0, 0.05)
+    steps[2] = steps[2] | probe(1, 0.3)
+    config = {**CONFIG, "rollout": {"precision": precision}}
+    run = a_run(tmp_path, *steps, config=config)
+    said = " ".join(doctor(run).stdout.split())
+    assert "1 warnings of the last probe; most in layer 1, step 2: 40 % of what it adds" in said
+    assert "by unexplained." in said
+    drift = json.loads(doctor(run, "--json").stdout)["drift"]
+    worst = {"layer": 1, "step": 2, "own": 0.4, "cause": "unexplained"}
+    assert drift == {"warnings": 1, "worst": worst}
+    assert kv_health(a_run(tmp_path / "quiet", scales(1) | rates(1))).drift is None
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_a_run_without_an_fp8_cache_says_so(tmp_path: Path, precision: str) -> None:
     config = {"rollout": {"precision": precision}}

@@ -8,12 +8,14 @@ from pathlib import Path
 from fp8rl.report.curves import panels
 from fp8rl.report.data import RunData
 from fp8rl.report.figures import svg
+from fp8rl.report.gains import gains
 from fp8rl.report.glossary import UNDEFINED, definition
-from fp8rl.report.summary import write_report
+from fp8rl.report.summary import headline, result, write_comparison, write_report
 from fp8rl.report.verdict import judge
 from fp8rl.run_dir import Metrics
-from tests.fp8rl.report_runs import make_run
+from tests.fp8rl.report_runs import PageText, make_run
 
+WHY = "0.4 of what the layer adds is unexplained in layer 2"
 TITLES = ["Drift of each layer", "Unexplained drift", "Where drift comes from"]
 
 
@@ -53,6 +55,48 @@ def test_layers_and_probes_are_maps_and_the_worst_cell_is_named(tmp_path: Path) 
     assert len(drawn[-1].figure.axes[0].get_lines()) == 3, "what was not measured has no line"
 
 
+def fell_back(step: int, line: Mapping[str, object]) -> Metrics:
+    """The same, and for layer 2 the weights are BF16 from step 16 on, and there is no fault."""
+    told: Metrics = {"drift/precision": "fp8-kv" if step < 16 else "kv-only"}
+    told |= {"drift/fall_back": WHY} if step == 15 else {}
+    return told | (probe(0, line) | told if step == 20 else probe(step, line))
+
+
+def test_a_run_that_fell_back_says_so_wherever_it_is_shown(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", change=fell_back)
+    data, found = RunData.load(run.path), result(run, command=None, environment=None)
+    assert found["fell_back"] == [{"step": 16, "precision": "kv-only", "why": WHY}]
+    assert (found["precision"], data.precision) == ("kv-only", "fp8-kv")
+    [check] = [check for check in judge(data).checks if check.name == "Drift warnings"]
+    assert check.found.endswith("by unexplained; kv-only from step 16 on")
+    assert ("fell back", "kv-only from step 16 on", WHY) in headline(found)
+    write_report(run.path)
+    told = f"From step 16 on, for good: BF16 weights, FP8 KV cache. Why: {WHY}."
+    assert told in PageText(run.report.read_text()).text
+    other = make_run(tmp_path / "other", rollout={"precision": "bf16"})
+    page = write_comparison([run.path, other.path], tmp_path / "both.html")
+    assert f"run: {told}" in PageText(page.read_text()).text
+    for panel in list(panels(run.metrics()))[-3:]:
+        [mark] = [x for x in panel.figure.axes[0].get_lines() if x.get_label() == "-> kv-only"]
+        assert list(mark.get_xdata()) == [15.5, 15.5]
+
+
+def test_what_a_cache_holds_is_told_in_the_precision_that_it_ended_in(tmp_path: Path) -> None:
+    change = {"cache": "fp8", "weights": "kv-only"}
+    for name, after in change.items():
+        run = make_run(
+            tmp_path / name,
+            change=lambda step, line, after=after: (
+                {  # type: ignore[misc]
+                    "drift/precision": "fp8-kv" if step < 5 else after
+                }
+                | ({"drift/fall_back": WHY} if step == 4 else {})
+            ),
+        )
+        first = gains(RunData.load(run.path))[0]
+        assert ("2\u00d7" in first.number) == (after == "kv-only"), first
+
+
 def test_a_run_without_probes_has_neither_panels_nor_picture(tmp_path: Path) -> None:
     plain, probed = make_run(tmp_path / "plain"), make_run(tmp_path / "probed", change=probe)
     for run in (plain, probed):
@@ -64,4 +108,5 @@ def test_a_run_without_probes_has_neither_panels_nor_picture(tmp_path: Path) -> 
 def test_every_metric_of_a_probe_is_defined() -> None:
     names = [key for key in probe(15, {}) if key != "drift/tokens"]
     names += ["drift/tokens", "drift/head", "drift/embedding", "drift/3/total", "drift/3/router"]
+    names += ["drift/precision", "drift/fall_back"]
     assert [name for name in names if definition(name).what == UNDEFINED] == []
