@@ -19,7 +19,7 @@ from fp8rl.report.data import RunData
 from fp8rl.report.drift import worst_layer
 from fp8rl.report.page import Source, State
 from fp8rl.report.statistics import spikes
-from fp8rl.report.words import percent, warn_saturation
+from fp8rl.report.words import percent, since, warn_saturation
 
 ERRORS = 3.0  # standard errors that a reward may fall by
 EVALUATIONS = 3  # in a row, whose mean is compared
@@ -142,7 +142,7 @@ def drift(run: RunData) -> Iterator[Check]:
     yield Check(
         "Drift warnings",
         "watch" if count else "good",
-        f"{count} in {len(series)} probes{_worst_layer(run)}{_fell_back(run)}",
+        f"{count} in {len(series)} probes{_worst_layer(run)}{since(run.fell_back)}",
         "none",
         Source(
             "What of a layer, of its router or of all log-probs differs more between engine and "
@@ -159,10 +159,6 @@ def _worst_layer(run: RunData) -> str:
     """In which layer and step engine and trainer were farthest apart, and most of it why."""
     worst = worst_layer(run.metrics)
     return f"; most in {worst.words}" if worst else ""
-
-
-def _fell_back(run: RunData) -> str:
-    return "".join(f"; {one.precision} from step {one.step} on" for one in run.fell_back)
 
 
 def _variance(share: float) -> float:

@@ -65,7 +65,7 @@ def sources(axes: Axes, metrics: Sequence[Metrics]) -> None:
         axes.plot(steps, heights, color=colour, label=name, marker=dot(steps))
     _mark_fall_backs(axes, metrics, "black")
     axes.set_ylim(0, 1.4 * axes.get_ylim()[1])  # room for the legend
-    axes.legend(loc="upper left", ncols=3, columnspacing=1.0)
+    axes.legend(loc="upper left", ncols=3, columnspacing=1.0, handlelength=1.4)
 
 
 DRAWINGS: tuple[tuple[Callable[[Axes, Sequence[Metrics]], None], Source], ...] = (

@@ -28,7 +28,7 @@ from fp8rl.report.curves_drift import drift_figure, probed
 from fp8rl.report.data import RunData
 from fp8rl.report.run_page import run_page
 from fp8rl.report.verdict import judge
-from fp8rl.report.words import describe, mib, percent, show, warn_saturation
+from fp8rl.report.words import describe, mib, percent, show, since, warn_saturation
 from fp8rl.run_dir import RunDir, write_file
 
 CURVES_DPI = 160
@@ -96,7 +96,8 @@ def write_report(path: Path, out: Path | None = None) -> Path:
         RunDirError: no run is there, or its config, metrics or result.json are broken.
     """
     run, data = RunDir.open(path), RunData.load(path)
-    title, limit = describe(data.config), warn_saturation(data.config)
+    title = describe(data.config) + since(data.fell_back)
+    limit = warn_saturation(data.config)
     curves(data.metrics, title, limit).savefig(run.curves, dpi=CURVES_DPI)
     if probed(data.metrics):
         drift_figure(data.metrics, title).savefig(run.drift, dpi=CURVES_DPI)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -51,6 +51,11 @@ def arm(config: Mapping[str, Any]) -> str:
 def fell_back(found: FellBack) -> str:
     """One sentence: what a run went on in, from when on, and why."""
     return f"From step {found.step} on, for good: {ARMS[found.precision]}. Why: {found.why}."
+
+
+def since(found: Sequence[FellBack]) -> str:
+    """The same for the end of a line: ``; kv-only from step 16 on``; nothing where it did not."""
+    return "".join(f"; {one.precision} from step {one.step} on" for one in found)
 
 
 def correction(config: Mapping[str, Any]) -> str:
