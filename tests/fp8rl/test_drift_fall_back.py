@@ -223,6 +223,27 @@ def test_all_ranks_of_a_trainer_fall_back_together(tmp_path: Path, ranks: str) -
 
 
 @pytest.mark.long
+def test_experts_and_rounded_routers_fall_back_with_the_weights(tmp_path: Path) -> None:
+    folder, engines = tmp_path / "run", Engines()
+    experts = {"num_experts": 8, "experts_per_token": 2, "moe_ffn_hidden_size": 128}
+    rollout = {"activations": "fp8", "scale_format": "fp32", "router": "fp8-rounded"}
+    made = config(
+        folder,
+        steps=2,
+        model={"num_layers": 2, "family": "qwen3_moe", **experts},
+        rollout=TINY["rollout"] | rollout,  # type: ignore[operator]
+        drift=ANY_PROBE,
+    )
+    train(made, False, "test", open_engine=engines, draws=False)
+    new = engines.started[1].settings
+    assert engines.precisions == ["fp8-kv", "bf16"]
+    assert (new.activations, new.scale_format, new.router) == (None, "pow2", "bf16")
+    first, second, _ = metrics(folder)
+    for layer in (0, 1):
+        assert second[f"drift/{layer}/own"] < 0.02 < first[f"drift/{layer}/own"], "BF16 beside BF16"
+
+
+@pytest.mark.long
 def test_an_engine_kept_for_many_runs_is_replaced_by_the_one_fallen_back_to(tmp_path: Path) -> None:
     engines = EngineKeeper()
     try:
