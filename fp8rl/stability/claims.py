@@ -19,7 +19,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from fp8rl.stability.measure import Measured
-from fp8rl.stability.verdict import Factor, Verdict, factor
+from fp8rl.stability.verdict import Factor, Verdict, factor, judge
 
 Answer = Literal["reproduced", "not reproduced", "undecided", "not measured"]
 MARKS: dict[Answer, str] = {
@@ -31,16 +31,17 @@ MARKS: dict[Answer, str] = {
 # What is asked of an arm in a claim -> its name in a study.
 ARMS = {
     "bf16": "BF16 rollouts",
-    "fp8": "FP8 weights, uncorrected",
-    "fp8-tis": "FP8 weights, TIS",
-    "fp8-mis": "FP8 weights, MIS",
-    "fp8-fp32-scales": "as fp8-tis, with fp32 block scales",
-    "fp8-aligned": "as fp8-tis, with a trainer that computes in FP8 (end to end)",
-    "kv-every-step": "FP8 weights and KV cache, TIS, KV scales of each version",
-    "kv-once": "the same, KV scales of version 0 alone",
-    "kv-never": "the same, KV scales 1.0",
-    "moe-bf16": "MoE, BF16 rollouts",
-    "moe-fp8": "MoE, FP8 weights, router BF16, TIS",
+    "fp8": "FP8 weights, activations and KV cache, uncorrected",
+    "fp8-tis": "the same, TIS",
+    "fp8-mis": "the same, MIS",
+    "kv-once": "as fp8-tis, KV scales of version 0 alone",
+    "kv-never": "as fp8-tis, KV scales 1.0",
+    "dense-bf16": "a dense model, BF16 rollouts",
+    "dense-fp8": "the same, FP8 weights and activations, TIS",
+    "dense-aligned": "as dense-fp8, with a trainer that computes in FP8 (end to end)",
+    "dense-fp32-scales": "as dense-fp8, with fp32 block scales",
+    "moe-bf16": "as dense-bf16, with experts",
+    "moe-fp8": "as dense-fp8, with experts; router BF16",
     "moe-fp8-router": "the same, router rounded to FP8",
 }
 LEAST_CAPACITY = 1.9  # times the tokens, for "doubles"
@@ -84,17 +85,17 @@ def claims(evidence: Evidence, bench: Mapping[str, Any] | None = None) -> list[C
         _larger(
             evidence,
             "Scales of 1.0 for the FP8 KV cache raise the mismatch: it needs calibration",
-            ("kv-never", "kv-every-step"),
+            ("kv-never", "fp8-tis"),
         ),
         _larger(
             evidence,
             "KV scales have to be measured in each step: those of version 0 raise the mismatch",
-            ("kv-once", "kv-every-step"),
+            ("kv-once", "fp8-tis"),
         ),
         _larger(
             evidence,
             "A mixture of experts mismatches more than a dense model",
-            ("moe-fp8", "fp8-tis"),
+            ("moe-fp8", "dense-fp8"),
             paired=False,
         ),
         _larger(
@@ -105,7 +106,7 @@ def claims(evidence: Evidence, bench: Mapping[str, Any] | None = None) -> list[C
         _larger(
             evidence,
             "Power-of-two block scales cost accuracy beside fp32 scales: they raise the mismatch",
-            ("fp8-tis", "fp8-fp32-scales"),
+            ("dense-fp8", "dense-fp32-scales"),
         ),
         _capacity(evidence),
         _throughput(bench),
@@ -138,26 +139,29 @@ def factor_text(found: Factor) -> str:
 
 
 def _brings_back(evidence: Evidence, arm: str, claim: str) -> Claim:
+    """Uncorrected FP8 loses, the corrected does not, and is better than the uncorrected."""
     arms = ("bf16", "fp8", arm)
     bare, corrected = (evidence.verdicts.get(name) for name in arms[1:])
-    if bare is None or corrected is None:
+    gained = judge(evidence.values(arm, "reward"), evidence.values("fp8", "reward"), 0.0)
+    if bare is None or corrected is None or gained is None:
         return _not_measured(claim, arms)
     measured = (
         f"reward beside BF16: uncorrected {verdict_text(bare)}; corrected {verdict_text(corrected)}"
+        f"; corrected beside uncorrected: {verdict_text(gained)}"
     )
+    answer: Answer = "undecided"
     if bare.word in ("same", "better"):
-        answer: Answer = "undecided"
         measured += "; uncorrected FP8 is not worse here, so there is nothing to bring back"
-    elif "undecided" in (bare.word, corrected.word):
-        answer = "undecided"
-    else:
-        answer = "not reproduced" if corrected.word == "worse" else "reproduced"
+    elif bare.word == "worse" and corrected.word == "worse":
+        answer = "not reproduced"
+    elif bare.word == "worse" and gained.word == "better":
+        answer = "reproduced"
     return Claim(claim, answer, measured, arms)
 
 
 def _order(evidence: Evidence) -> Claim:
     claim = "Mismatch: FP8 in the rollout only > FP8 end to end > BF16"
-    arms = ("fp8-tis", "fp8-aligned", "bf16")
+    arms = ("dense-fp8", "dense-aligned", "dense-bf16")
     pairs = [evidence.factor("k3", a, b) for a, b in pairwise(arms)]
     known = [pair for pair in pairs if pair is not None]
     if len(known) < len(pairs):
@@ -193,10 +197,7 @@ def _larger(evidence: Evidence, claim: str, arms: tuple[str, str], *, paired: bo
 
 
 def _capacity(evidence: Evidence) -> Claim:
-    claim, arms = (
-        "An FP8 KV cache holds twice the tokens of a BF16 one",
-        ("kv-every-step", "fp8-tis"),
-    )
+    claim, arms = "An FP8 KV cache holds twice the tokens of a BF16 one", ("fp8-tis", "bf16")
     ours, theirs = (set(evidence.values(arm, "cache_tokens").values()) for arm in arms)
     if not ours or not theirs:
         return _not_measured(claim, arms)
