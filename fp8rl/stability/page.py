@@ -78,7 +78,8 @@ def study_page(result: Result, written: Mapping[str, Any]) -> str:
     shape = f"{config.model.family}, {config.model.num_layers} layers, {config.model.hidden_size}"
     page = kit.Page(
         "Stability of FP8 rollouts",
-        f"{len(plan.arms)} arms, {_seeds(study.seeds)} each, {config.steps} steps; {shape} wide; "
+        f"{len(plan.arms)} arms, {_seeds(study.seeds)} each, up to "
+        f"{max(run.config.steps for run in plan.runs)} steps; the first arm: {shape} wide, "
         f"learning rate {config.trainer.learning_rate:g}",
         f"{', '.join(config.task.operations)} of {config.task.min_digits} to "
         f"{config.task.max_digits} digits; "
@@ -152,6 +153,7 @@ def _arms(result: Result) -> Markup:
         rows.append(
             [
                 study.arms[arm].title,
+                str(study.run_config(arm).steps),
                 show(fmean(row.reward for row in runs) if runs else None, ".3f"),
                 kit.explained(verdict, VERDICT),
                 "" if found is None else verdict_text(found).partition(", ")[2],
@@ -160,7 +162,16 @@ def _arms(result: Result) -> Markup:
                 kit.explained(f"{len(result.collapsed(arm))} of {len(runs)}", COLLAPSED),
             ]
         )
-    heads = ("arm", "reward", "verdict", "difference [95 %]", "p", "mismatch k3", "collapsed")
+    heads = (
+        "arm",
+        "steps",
+        "reward",
+        "verdict",
+        "difference [95 %]",
+        "p",
+        "mismatch k3",
+        "collapsed",
+    )
     return kit.table(heads, rows)
 
 
