@@ -10,6 +10,7 @@ only after a probe that found it kept. What the run itself does about it is in `
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,8 +86,9 @@ class FallBack:
                 "drift: nothing is left to fall back to, for nothing in the engine is FP8; the run "
                 f"goes on as it is, with {self.why}"
             )
+        named = f"{new} with BF16 routers" if new == old else new
         return (
-            f"drift: from the next step on a new engine runs in {new} in place of {old}, for good: "
+            f"drift: from the next step on a new engine runs in {named} in place of {old}, for good: "
             f"{self.why}"
         )
 
@@ -189,7 +191,7 @@ class DriftWatch:
 
     def _line(self, kind: str, found: Mapping[str, float]) -> str:
         name, what, remedy = LIMITS[kind]
-        worst = max(found, key=lambda key: found[key])
+        worst = _worst_key(found)
         limit = getattr(self._config, name)
         return (
             f"warning: drift{_where(worst)}: {found[worst]:.3g} {what}{_others(worst, found)}; "
@@ -197,9 +199,14 @@ class DriftWatch:
         )
 
 
+def _worst_key(found: Mapping[str, float]) -> str:
+    """The largest; NaN is larger than any number."""
+    return max(found, key=lambda key: (math.isnan(found[key]), found[key]))
+
+
 def _worst(found: Mapping[str, float]) -> str:
     """The worst of the metrics of one kind, in words."""
-    key = max(found, key=lambda key: found[key])
+    key = _worst_key(found)
     _, what, _ = LIMITS[_kind(key)]
     return f"{found[key]:.3g} {what}{_where(key)}"
 

@@ -14,7 +14,7 @@ from fp8rl.config.rollout import Precision, RolloutConfig
 from fp8rl.config.run import RunConfig
 from fp8rl.drift.answer import BOTH, blamed, fallen_back, tightened
 from fp8rl.drift.parts import TRAINER, compare
-from fp8rl.drift.watch import LIMITS, DriftWatch, fallen_back_in
+from fp8rl.drift.watch import LIMITS, DriftWatch, FallBack, fallen_back_in
 from fp8rl.errors import ConfigError
 from fp8rl.quant import QuantPlan
 from fp8rl.run_dir import Metrics
@@ -153,6 +153,12 @@ def test_a_threshold_that_is_passed_is_told_once_until_it_was_kept_again(
     assert len(watch.warnings({"drift/0/cache": 0.5})) == 1
 
 
+def test_a_layer_without_a_number_is_the_worst_wherever_it_stands(watch: DriftWatch) -> None:
+    found = {"drift/0/cache": 0.5, "drift/1/cache": float("nan"), "drift/2/cache": 0.6}
+    [told] = watch.warnings(found)
+    assert "drift in layer 1: nan of what" in told and "(also in layers 0, 2)" in told
+
+
 def test_what_was_told_is_not_told_again_after_a_resume(watch: DriftWatch) -> None:
     bad = {"drift/0/unexplained": 0.5}
     state = watch.state()
@@ -276,6 +282,10 @@ def test_settings_of_fp8_weights_go_with_them_and_with_nothing_else() -> None:
     rounded = RolloutConfig(precision="kv-only", activations="bf16", router="fp8-rounded")
     router = fallen_back(rounded, blamed(rounded, {"misrouted"}))
     assert router == rounded.model_copy(update={"router": "bf16"}), "weights that are left to blame"
+    assert (
+        "runs in kv-only with BF16 routers in place of kv-only"
+        in FallBack(rounded, router, "0.1").line
+    )
     assert fallen_back(router, blamed(router, {"misrouted"})).precision == "bf16"
 
 
