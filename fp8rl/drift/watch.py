@@ -88,8 +88,8 @@ class FallBack:
             )
         named = f"{new} with BF16 routers" if new == old else new
         return (
-            f"drift: from the next step on a new engine runs in {named} in place of {old}, for good: "
-            f"{self.why}"
+            f"drift: from the next step on a new engine runs in {named} in place of {old}, for "
+            f"good: {self.why}"
         )
 
     @property
