@@ -64,7 +64,7 @@ class EngineObserver:
         )
         added: list[str] = []
         try:
-            added = self._llm.enqueue(inputs(prompts), once, use_tqdm=False)
+            added = self._llm.enqueue(inputs(self._llm, prompts), once, use_tqdm=False)
             outputs: list[Any] = self._llm.wait_for_completion(use_tqdm=False)
             return outputs
         finally:

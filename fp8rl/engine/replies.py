@@ -26,8 +26,18 @@ def list_tensors(worker: Any) -> list[Any]:
     return [[t.name, DTYPE_NAMES[t.dtype], list(t.shape)] for t in expected]
 
 
-def inputs(prompts: list[list[int]]) -> list[dict[str, list[int]]]:
-    """Prompts as vLLM takes them."""
+def inputs(llm: Any, prompts: list[list[int]]) -> list[dict[str, list[int]]]:
+    """Prompts as vLLM takes them.
+
+    Raises ValueError for a token that the model has not: vLLM has no tokenizer here to see it, and
+    would end in its forward.
+    """
+    vocab_size = llm.llm_engine.model_config.get_vocab_size()
+    for number, prompt in enumerate(prompts):
+        if odd := [token for token in prompt if not 0 <= token < vocab_size]:
+            raise ValueError(
+                f"prompt {number} has token {odd[0]}, and the model's go from 0 to {vocab_size - 1}"
+            )
     return [{"prompt_token_ids": prompt} for prompt in prompts]
 
 

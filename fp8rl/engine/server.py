@@ -116,8 +116,11 @@ class EngineServer:
 
         Raises:
             StaleWeightsError: no proven weights of that version or a newer one are loaded.
+            ValueError: a token that the model does not have, or vLLM refuses a request; none of
+                them is in flight then.
         """
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
 
         self._refuse_if_stale(version)
         own = max_tokens or [sampling["max_tokens"]] * len(prompts)
@@ -127,11 +130,15 @@ class EngineServer:
             )
             for seed, bound in zip(seeds, own, strict=True)
         ]
-        added = self._llm.enqueue(inputs(prompts), parameters, use_tqdm=False)
-        requests = [name.partition("-")[0] for name in added]  # the rest is vLLM's own
+        requests = inputs(self._llm, prompts)
+        try:
+            added = self._llm.enqueue(requests, parameters, use_tqdm=False)
+        except VLLMClientError as error:  # vLLM takes those before it back
+            raise ValueError(f"vLLM refused a request: {error}") from error
+        names = [name.partition("-")[0] for name in added]  # the rest is vLLM's own
         self._submitted += 1
-        self._tickets[self._submitted] = Ticket(requests)
-        self._in_flight |= dict.fromkeys(requests, self._submitted)
+        self._tickets[self._submitted] = Ticket(names)
+        self._in_flight |= dict.fromkeys(names, self._submitted)
         return self._submitted
 
     def collect(self, ticket: int) -> list[list[dict[str, Any]]]:

@@ -221,8 +221,9 @@ def test_a_probe_asks_for_a_version_and_for_an_engine_at_rest(moe: Parts) -> Non
     moe.publish()
     with pytest.raises(StaleWeightsError, match=f"version {moe.version + 1} were asked for"):
         moe.engine.observe_streams([[2, 3]], version=moe.version + 1, routes=True)
-    sampling = Sampling(max_tokens=60, stop_token=VOCAB)  # no token stops it
-    ticket = moe.engine.submit([[2, 3]], version=moe.version, sampling=sampling, seed=0)
+    sampling = Sampling(max_tokens=60, stop_token=1)
+    many = [[2, 3]] * 64  # some go on for long
+    ticket = moe.engine.submit(many, version=moe.version, sampling=sampling, seed=0)
     with pytest.raises(EngineError, match="in flight; collect them before the engine shows"):
         moe.engine.observe_streams([[2, 3, 4]], version=moe.version, routes=True)
     moe.engine.collect(ticket)

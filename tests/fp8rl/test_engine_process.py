@@ -111,6 +111,19 @@ def test_more_prompts_than_one_forward_takes_are_sampled_with_their_seeds(live: 
     assert [len(group[0].tokens) for group in groups] == [2] * 24
 
 
+def test_a_request_that_vllm_refuses_is_an_error_and_the_engine_serves_on(live: Live) -> None:
+    before = live.engine.collect(live.submit(SHORT))
+    plain = Sampling(max_tokens=8, stop_token=helpers.EOS)
+    for prompts, sampling, said in (
+        (PROMPTS, dataclasses.replace(plain, stop_token=10**6), "refused a request: .*1000000"),
+        ([*PROMPTS, [2] * 4000], plain, "refused a request: .*4000"),  # the others are taken back
+        ([*PROMPTS, [3, 10**6]], plain, "prompt 3 has token 1000000, and the model's go from 0 to"),
+    ):
+        with pytest.raises(EngineError, match=said):
+            live.engine.generate(prompts, version=live.version, sampling=sampling, seed=5)
+    assert live.engine.collect(live.submit(SHORT)) == before
+
+
 def test_an_update_under_way_holds_a_ticket_between_two_tokens(live: Live) -> None:
     old = live.version
     ticket = live.submit(LONG)

@@ -42,15 +42,19 @@ def element(read: Callable[[Any], torch.Tensor], index: int = 0) -> Damage:
     return damage
 
 
-def old_kernel(read: Callable[[Any], Any]) -> Damage:
-    """Let a module multiply by the weights of before, as if its kernel had not been made anew."""
+def old_kernel(read: Callable[[Any], Any], rows: slice = slice(None)) -> Damage:
+    """Let a module multiply by other weights in some rows, as if its kernel were one of before."""
 
     def damage(model: Any) -> Undo:
         from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
         module = read(model)
         now, weight = module.cpu_linear, module.weight
-        module.weight = torch.nn.Parameter(weight.data * 1.01, requires_grad=False)
+        held = weight.data.clone()
+        if not held.numel():  # it is in the kernel alone; products with ones give it back
+            held = now(torch.eye(module.input_size, dtype=held.dtype), weight, None).T.contiguous()
+        held[rows] *= 1.01
+        module.weight = torch.nn.Parameter(held, requires_grad=False)
         dispatch_cpu_unquantized_gemm(module, remove_weight=False)
         module.weight = weight
 
@@ -62,16 +66,21 @@ def old_kernel(read: Callable[[Any], Any]) -> Damage:
     return damage
 
 
-def packed(read: Callable[[Any], Any]) -> Callable[[Any], torch.Tensor]:
-    """The weight that a small BF16 kernel keeps in its closure."""
+def in_kernel(read: Callable[[Any], Any], index: int = 0) -> Damage:
+    """Spoil the weight that a BF16 kernel keeps for itself: one element, where it can be seen.
 
-    def find(model: Any) -> torch.Tensor:
-        kernel = read(model).cpu_linear
-        cells = dict(zip(kernel.__code__.co_freevars, kernel.__closure__, strict=True))
-        tensor: torch.Tensor = cells["packed_weight"].cell_contents
-        return tensor
+    That is where vLLM packed it for AMX. Elsewhere oneDNN has it, and a row becomes an old one.
+    """
 
-    return find
+    def damage(model: Any) -> Undo:
+        from fp8rl.sync.engine_private import packed_weight
+
+        weight = packed_weight(read(model).cpu_linear)
+        if weight is None:
+            return old_kernel(read, slice(index, index + 1 or None))(model)
+        return element(lambda _: weight, index)(model)
+
+    return damage
 
 
 def _layer(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -98,7 +107,7 @@ _EXPERTS = {
         f"{_M}.experts.3.down_proj.weight",
     ),
     "router in its kernel": (
-        element(packed(_layer(lambda layer: layer.mlp.gate))),
+        in_kernel(_layer(lambda layer: layer.mlp.gate)),
         f"{_M}.gate.weight",
     ),
 }
@@ -133,7 +142,7 @@ CASES = {
                 element(_layer(lambda layer: layer.self_attn.k_norm.weight.data), -1),
                 f"{_A}.k_norm.weight",
             ),
-            "linear in its kernel": (element(packed(_qkv), -1), f"{_A}.v_proj.weight"),
+            "linear in its kernel": (in_kernel(_qkv, -1), f"{_A}.v_proj.weight"),
             "embedding": (
                 element(lambda m: m.model.embed_tokens.weight.data, -100_000),
                 "model.embed_tokens.weight",

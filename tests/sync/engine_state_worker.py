@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from tests import helpers
+from tests.sync.engine_cases import in_kernel
 
 FAMILY = "qwen2"
 
@@ -68,10 +69,10 @@ def damages(precision: str) -> dict[str, Callable[[Any], Callable[[], None]]]:
         "last bias of a fused linear": lambda m: element(qkv(m).bias.data[-1:]),
         "norm": lambda m: element(m.model.layers[0].input_layernorm.weight.data),
         "embedding": lambda m: element(m.model.embed_tokens.weight.data),
-        "head's copy in the kernel": lambda m: kernel_copy(m.lm_head),
+        "head's copy in the kernel": in_kernel(lambda m: m.lm_head),
     }
     if precision == "bf16":
-        return cases | {"linear's copy in the kernel": lambda m: kernel_copy(qkv(m))}
+        return cases | {"linear's copy in the kernel": in_kernel(qkv)}
     layer = lambda m: m.model.layers[1]  # noqa: E731
     cases |= {
         "first part of a fused linear": lambda m: row(qkv(m), 0),
@@ -135,14 +136,6 @@ def row(linear: Any, index: int) -> Callable[[], None]:
     before = data[5].clone()
     data[5] ^= 1
     return lambda: data[5].copy_(before)
-
-
-def kernel_copy(module: Any) -> Callable[[], None]:
-    """The weight that a CPU kernel keeps in its closure."""
-    cells = dict(
-        zip(module.cpu_linear.__code__.co_freevars, module.cpu_linear.__closure__, strict=True)
-    )
-    return element(cells["packed_weight"].cell_contents)
 
 
 def attribute(owner: Any, name: str, value: float) -> Callable[[], None]:
