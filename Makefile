@@ -32,15 +32,21 @@ demo: setup
 	@echo "run folder: $(RUN)"
 	$(BIN)/fp8rl train examples/grpo.yaml run_dir=$(RUN)
 
-## measure cast, correction and rollouts beside others'; each result is a folder in runs/
+## every benchmark of the README, each beside its alternatives; a folder in runs/ for each
 bench: setup setup-verl
 	$(BIN)/fp8rl bench quant
 	.venv-verl/bin/fp8rl bench correction
 	$(BIN)/fp8rl bench rollout --shape 0.3b --batches 1,4,8,32 --tokens 32 --lengths 128
+	$(BIN)/fp8rl bench sync
+	$(BIN)/fp8rl bench kv-scales
+	$(BIN)/fp8rl bench density
+
+# the last rollouts that `make bench` measured, for the claims table
+BENCHED = $(lastword $(sort $(patsubst %/result.json,%,$(wildcard runs/bench-rollout-*/result.json))))
 
 ## is FP8 safe to train with? every arm, five seeds each; goes on where it was stopped
 stability: setup
-	$(BIN)/fp8rl stability examples/stability.yaml
+	$(BIN)/fp8rl stability examples/stability.yaml $(BENCHED:%=--bench %)
 
 ## on a machine with CUDA, in an environment with its torch and vLLM: make test-gpu GPU_BIN=...
 GPU_BIN ?= .venv-gpu/bin

@@ -37,5 +37,9 @@ class TrainerError(RuntimeError):
     """The trainer cannot start, or a step went wrong; the weights are those before it."""
 
 
+class NonFiniteGradientError(TrainerError):
+    """The gradient's norm is NaN or Inf; the step was not taken."""
+
+
 class StudyError(RuntimeError):
     """A study cannot go on: what several of its runs need could not be made."""

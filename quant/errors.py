@@ -61,6 +61,10 @@ class KVScaleError(ValueError):
     """KV-cache scales cannot be made from what was observed, or are incomplete."""
 
 
+class NonFiniteKVError(KVScaleError):
+    """NaN or Inf was observed in q, k or v."""
+
+
 class RankLostError(RuntimeError):
     """Another rank ended, or fell silent, while the ranks joined what they observed."""
 

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from jaxtyping import Float32, Float64, Int32, Int64
 from torch import Tensor
 
-from fp8rl.quant.errors import KVScaleError, RankLostError
+from fp8rl.quant.errors import KVScaleError, NonFiniteKVError, RankLostError
 from fp8rl.quant.kv_scales import QKV, Projection
 from fp8rl.quant.shard_agreement import Peers
 
@@ -242,7 +242,7 @@ class KVObservation:
         bad = (self.amax_bits >= _INF_BITS).nonzero().tolist()
         if bad:
             named = [self._name(layer, head) for layer, head in bad[:6]]
-            raise KVScaleError(
+            raise NonFiniteKVError(
                 f"NaN or Inf was observed in {len(bad)} head(s): {', '.join(named)}; look for it "
                 "in the layer's input or weights"
             )

@@ -3,7 +3,7 @@
 The claims are those of FP8-RL (arXiv 2601.18150). A row is
 
     reproduced       the measurement says the same, with an interval that leaves no other reading
-    not reproduced   it says the opposite, in the same sense
+    not reproduced   it says the opposite, in the same sense, or that there is nothing that matters
     undecided        the interval allows both, or there is nothing to tell from
     not measured     the study has not the arms for it, or the machine cannot
 
@@ -45,7 +45,9 @@ ARMS = {
     "moe-fp8-router": "the same, router rounded to FP8",
 }
 LEAST_CAPACITY = 1.9  # times the tokens, for "doubles"
+LEAST_FACTOR = 1.1  # of a mismatch that is "raised"
 LEAST_SPEED = 1.1  # the lower end of the paper's rollout speed-up
+FASTER = ("fp8", "fp8-kv")  # the arms of `bench rollout` that the claim is about
 THROUGHPUT = " / bf16, tokens/s"  # in the names of the ratios of `bench rollout` that count here
 
 
@@ -139,7 +141,7 @@ def factor_text(found: Factor) -> str:
 
 
 def _brings_back(evidence: Evidence, arm: str, claim: str) -> Claim:
-    """Uncorrected FP8 loses, the corrected does not, and is better than the uncorrected."""
+    """Uncorrected FP8 is worse than BF16, and corrected FP8 the same; what is gained is shown."""
     arms = ("bf16", "fp8", arm)
     bare, corrected = (evidence.verdicts.get(name) for name in arms[1:])
     gained = judge(evidence.values(arm, "reward"), evidence.values("fp8", "reward"), 0.0)
@@ -154,7 +156,7 @@ def _brings_back(evidence: Evidence, arm: str, claim: str) -> Claim:
         measured += "; uncorrected FP8 is not worse here, so there is nothing to bring back"
     elif bare.word == "worse" and corrected.word == "worse":
         answer = "not reproduced"
-    elif bare.word == "worse" and gained.word == "better":
+    elif bare.word == "worse" and corrected.word in ("same", "better"):
         answer = "reproduced"
     return Claim(claim, answer, measured, arms)
 
@@ -166,12 +168,10 @@ def _order(evidence: Evidence) -> Claim:
     known = [pair for pair in pairs if pair is not None]
     if len(known) < len(pairs):
         return _not_measured(claim, arms)
-    words = {pair.word for pair in known}
-    answer: Answer = "undecided"
-    if words == {"larger"}:
+    answers = {_raised(pair) for pair in known}
+    answer: Answer = "not reproduced" if "not reproduced" in answers else "undecided"
+    if answers == {"reproduced"}:
         answer = "reproduced"
-    elif "smaller" in words:
-        answer = "not reproduced"
     measured = (
         f"k3 of rollout only {factor_text(known[0])} that of end to end, which is "
         f"{factor_text(known[1])} that of BF16"
@@ -184,16 +184,26 @@ def _larger(evidence: Evidence, claim: str, arms: tuple[str, str], *, paired: bo
     found = evidence.factor("k3", *arms, paired=paired)
     if found is None:
         return _not_measured(claim, arms)
-    answers: dict[str, Answer] = {"larger": "reproduced", "smaller": "not reproduced"}
     rewards = [
         f"{arm} {verdict_text(verdict)}"
         for arm in arms
         if (verdict := evidence.verdicts.get(arm)) is not None
     ]
     measured = f"k3 {factor_text(found)}"
+    if not paired:
+        measured += " (two models, each with a warm-up of its own)"
     if rewards:
         measured += f"; reward beside its baseline: {'; '.join(rewards)}"
-    return Claim(claim, answers.get(found.word, "undecided"), measured, arms)
+    return Claim(claim, _raised(found), measured, arms)
+
+
+def _raised(found: Factor) -> Answer:
+    """Whether a mismatch is larger, by an amount that matters."""
+    if found.word == "larger" and found.factor >= LEAST_FACTOR:
+        return "reproduced"
+    if found.high is not None and found.high < LEAST_FACTOR:
+        return "not reproduced"
+    return "undecided"
 
 
 def _capacity(evidence: Evidence) -> Claim:
@@ -217,22 +227,21 @@ def _throughput(bench: Mapping[str, Any] | None) -> Claim:
     found: dict[str, list[Mapping[str, float]]] = {}  # arm -> its ratio at each point
     for name, measured in bench["ratios"].items():
         arm, named, _ = name.partition(THROUGHPUT)
-        if named:
+        if named and arm in FASTER:
             found.setdefault(arm, []).append(measured)
     if not found:
-        return Claim(claim, "not measured", f"the benchmark has no ratio '...{THROUGHPUT}'", ())
+        return Claim(claim, "not measured", f"the benchmark has none of {', '.join(FASTER)}", ())
     spans = (
         f"{arm} {min(r['median'] for r in each):.2f} to {max(r['median'] for r in each):.2f} x "
         f"BF16's tokens/s ({len(each)} points)"
         for arm, each in found.items()
     )
-    every = [r for each in found.values() for r in each]
+    fast = [r["median"] >= LEAST_SPEED and r["min"] >= 1 for each in found.values() for r in each]
     answer: Answer = "undecided"
-    if any(r["median"] >= LEAST_SPEED and r["min"] >= 1 for r in every):
-        answer = "reproduced"
-    elif all(r["median"] < 1 for r in every):
-        answer = "not reproduced"
-    return Claim(claim, answer, f"{bench['device']}: {'; '.join(spans)}", ())
+    if all(fast) or not any(fast):
+        answer = "reproduced" if all(fast) else "not reproduced"
+    measured_there = f"{bench['device']}: {'; '.join(spans)}; {sum(fast)} of {len(fast)} are faster"
+    return Claim(claim, answer, measured_there, ())
 
 
 def _not_measured(claim: str, arms: tuple[str, ...]) -> Claim:

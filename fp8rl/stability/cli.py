@@ -20,8 +20,8 @@ Examples:
 - `fp8rl stability examples/stability.yaml --out runs/stability`: where one was stopped or killed,
   the same command goes on
 
-- `fp8rl stability examples/stability.yaml --bench runs/bench-rollout`: with the throughput that
-  `fp8rl bench rollout` measured among the claims
+- `fp8rl stability examples/stability.yaml --bench runs/bench-rollout-20260101-120000`: with the
+  throughput that `fp8rl bench rollout` measured among the claims
 """
 
 

@@ -10,9 +10,10 @@ A run has collapsed at its first held-out evaluation below half of the best one 
 or when its numbers broke, at the step where they did. A run that never learned has not collapsed.
 
 The cause is looked for between the best evaluation and the collapse, among the signals of
-`SIGNALS`: the one that is out of its bounds first. A signal is the median of three steps, so that a
-single odd batch is none. That one comes first does not prove that it is the cause: it says where to
-look. A pure function of a run's metrics.
+`SIGNALS`: the one that leaves its bounds first. Those that had left them before the best
+evaluation, and not come back, are named after the others: the run learned all the same. A signal is
+the median of three steps, so that a single odd batch is none. That one comes first does not prove
+that it is the cause: it says where to look. A pure function of a run's metrics.
 """
 
 from __future__ import annotations
@@ -105,7 +106,10 @@ class Collapse:
         if not self.causes:
             return "no signal that is watched was out of bounds before it"
         first = self.causes[0]
-        return f"{first.signal} first, at step {first.step}: {first.value:.3g} ({first.rule})"
+        found = f"{first.value:.3g} ({first.rule})"
+        if first.step < self.best_step:
+            return f"{first.signal} from step {first.step} on, while it still learned: {found}"
+        return f"{first.signal} first, at step {first.step}: {found}"
 
 
 def collapse(
@@ -140,21 +144,28 @@ def collapse(
 
 
 def _causes(lines: Sequence[Metrics], after: int, until: int) -> tuple[Cause, ...]:
-    """The signals that leave their bounds at a step in [after, until], in that order."""
-    found = [_first_out(signal, lines, after, until) for signal in SIGNALS]
-    return tuple(sorted((cause for cause in found if cause is not None), key=lambda c: c.step))
+    """The signals that leave their bounds in [after, until], in that order; then earlier ones."""
+    found = [_left(signal, lines, after, until) for signal in SIGNALS]
+    causes = [cause for cause in found if cause is not None]
+    return tuple(sorted(causes, key=lambda cause: (cause.step < after, cause.step)))
 
 
-def _first_out(signal: Signal, lines: Sequence[Metrics], after: int, until: int) -> Cause | None:
+def _left(signal: Signal, lines: Sequence[Metrics], after: int, until: int) -> Cause | None:
+    """Where a signal first leaves its bounds in [after, until], or left them before for good."""
     seen: list[float] = []
+    outside: Cause | None = None
     for line in lines:
-        if signal.key not in line:
+        step = int(line["step"])
+        if signal.key not in line or step > until:
             continue
         value = float(line[signal.key])
         seen.append(value if math.isfinite(value) else math.inf)
         smooth = median(seen[-MEDIAN_OF:])
         low, high = signal.bounds(seen)
-        step = int(line["step"])
-        if after <= step <= until and len(seen) >= MEDIAN_OF and not low <= smooth <= high:
-            return Cause(signal.name, step, smooth, signal.rule)
-    return None
+        if len(seen) < MEDIAN_OF or low <= smooth <= high:
+            outside = None
+        elif outside is None:
+            outside = Cause(signal.name, step, smooth, signal.rule)
+            if step >= after:
+                return outside
+    return outside

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import typer
@@ -45,8 +46,9 @@ def run(
         measured = None if bench is None else read_bench(bench)
         out.mkdir(parents=True, exist_ok=True)
         with RunDir(out).locked():
+            shown = _with_ended(plan)
             Execution(plan, command, console).run(jobs or _jobs())
-            result = Result.of(_with_ended(plan), measured)
+            result = _result(shown, measured)
             written = result.write(command)
             write_picture(result)
             write_page(result, written)
@@ -69,6 +71,14 @@ def run(
     return 1 if result.unfinished else 0
 
 
+def _result(plan: Plan, measured: dict[str, Any] | None) -> Result:
+    """What the runs' folders say; StudyError where one is broken."""
+    try:
+        return Result.of(plan, measured)
+    except RunDirError as error:
+        raise StudyError(str(error)) from error
+
+
 def _jobs() -> int:
     """One run a core, as far as the memory goes."""
     fit = psutil.virtual_memory().available // BYTES_A_RUN
@@ -79,7 +89,10 @@ def _with_ended(plan: Plan) -> Plan:
     """The plan, with the arms beside it whose runs have all ended in its folder before."""
     whole = Plan.of(plan.study, plan.out)
     ended = {a for a in whole.arms if all(r.state in DONE for r in whole.of_arm(a))}
-    return Plan.of(plan.study, plan.out, ended.union(plan.arms))
+    shown = Plan.of(plan.study, plan.out, ended.union(plan.arms))
+    for run in shown.runs:
+        run.check()
+    return shown
 
 
 def _plan(path: Path, overrides: list[str], arms: Sequence[str] | None, out: Path) -> Plan:

@@ -34,6 +34,9 @@ class ArmConfig(Frozen):
 
     title: str = Field(min_length=1, description="what the arm is, in a few words")
     against: str | None = Field(None, description="the arm it is compared with; null: a baseline")
+    judged: bool = Field(
+        True, description="whether its reward is; false where its runs are too short to learn"
+    )
     group: str = Field("arms", min_length=1, description="arms of a group are drawn together")
     changes: dict[str, Any] = Field({}, description="dotted key of a run -> its value in this arm")
 

@@ -31,15 +31,17 @@ from fp8rl.config.file import parse_config
 from fp8rl.lifeline import ends_at_once
 
 with ends_at_once():
-    from fp8rl.correction import CorrectionError
+    from fp8rl.correction import LogProbError
     from fp8rl.engine.rollout import RolloutEngine
     from fp8rl.engine.settings import EngineSettings
-    from fp8rl.errors import TrainerError
+    from fp8rl.errors import NonFiniteGradientError
     from fp8rl.loop import train
-    from fp8rl.quant import KVScaleError, NonFiniteWeightError
+    from fp8rl.quant import NonFiniteError
+    from fp8rl.quant.errors import NonFiniteKVError
     from fp8rl.warm_up import make_start
 
-NUMERICAL = (TrainerError, KVScaleError, NonFiniteWeightError, CorrectionError)
+# A NaN or an Inf, where it was noticed: the run has broken. Other errors are to be mended.
+NUMERICAL = (NonFiniteError, NonFiniteGradientError, NonFiniteKVError, LogProbError)
 INTERRUPTED = 130
 
 

@@ -19,6 +19,7 @@ from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
+from fp8rl.errors import RunDirError
 from fp8rl.run_dir import Metrics
 from fp8rl.stability.collapse import Collapse, collapse
 from fp8rl.stability.plan import DONE, StudyRun
@@ -111,10 +112,20 @@ def measure(run: StudyRun, last: int) -> Measured | None:
 
 
 def evaluations(run: StudyRun, lines: list[Metrics], key: str) -> list[tuple[int, float]]:
-    """Step and reward of every evaluation planned; 0 where the run's numbers had broken."""
+    """Step and reward of every evaluation planned; 0 where the run's numbers had broken.
+
+    Raises:
+        RunDirError: the run has ended, and some are missing.
+    """
     found = {int(line["step"]): float(line[key]) for line in lines if key in line}
     every, steps = run.config.eval_every, run.config.steps
     planned = sorted({*range(0, steps + 1, every), steps})
+    missing = [step for step in planned if step not in found]
+    if missing and run.state == "ended":
+        raise RunDirError(
+            f"{run.config.run_dir}: the run has ended, but its metrics have no {key} at steps "
+            f"{missing}; delete the folder, and it is run again"
+        )
     values = ((step, found.get(step, 0.0)) for step in planned)
     return [(step, value if math.isfinite(value) else 0.0) for step, value in values]
 

@@ -112,7 +112,7 @@ def _answer(result: Result) -> Markup:
     """Is FP8 safe in this regime: which arms are, which are not."""
     study, named = result.plan.study, dict[str, list[str]]()
     for arm, found in result.verdicts.items():
-        word = "collapsed" if result.collapsed(arm) else found.word
+        word = "collapsed" if result.collapses(arm) else found.word
         named.setdefault(word, []).append(study.arms[arm].title)
     good = [title for word in ("same", "better") for title in named.get(word, [])]
     bad = [title for word in ("worse", "collapsed") for title in named.get(word, [])]
@@ -134,7 +134,7 @@ def _answer(result: Result) -> Markup:
     if not good and not bad:
         return kit.answer(question, "unknown", "Undecided", *sentences)
     if not good:
-        return kit.answer(question, "bad", "No", *sentences)
+        return kit.answer(question, "bad", "Not shown to be" if open_ else "No", *sentences)
     short = "It depends on the arm" if bad else "Yes, where it is decided"
     return kit.answer(question, "watch", short, *sentences)
 

@@ -39,7 +39,7 @@ class Result:
 
     plan: Plan
     rows: Mapping[str, list[Measured]]  # arm -> its runs that have numbers
-    verdicts: Mapping[str, Verdict]  # arms that have a baseline and a seed in common with it
+    verdicts: Mapping[str, Verdict]  # arms judged, that have a seed in common with their baseline
     areas: Mapping[str, Verdict]  # the same for the area under the curve
     claims: list[Claim]
     unfinished: Mapping[str, str]  # run -> why
@@ -69,6 +69,12 @@ class Result:
     def collapsed(self, arm: str) -> list[Measured]:
         """The runs of an arm that lost what they had learned."""
         return [row for row in self.rows[arm] if row.collapse is not None]
+
+    def collapses(self, arm: str) -> bool:
+        """Whether more seeds of an arm collapsed than of what it is held against."""
+        against = self.plan.study.arms[arm].against
+        usual = len(self.collapsed(against)) if against and against in self.rows else 0
+        return len(self.collapsed(arm)) > usual
 
     def to_json(self, command: str) -> dict[str, Any]:
         """All of it as JSON values."""
@@ -145,8 +151,8 @@ def _verdicts(plan: Plan, rows: Mapping[str, list[Measured]], key: str) -> dict[
     by_arm = {arm: {r.seed: float(getattr(r, key)) for r in found} for arm, found in rows.items()}
     found = {}
     for arm in plan.arms:
-        against = plan.study.arms[arm].against
-        if against in by_arm:
+        against, judged = plan.study.arms[arm].against, plan.study.arms[arm].judged
+        if judged and against in by_arm:
             verdict = judge(by_arm[arm], by_arm[against], plan.study.margin)
             if verdict is not None:
                 found[arm] = verdict

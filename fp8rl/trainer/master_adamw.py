@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fp8rl.errors import TrainerError
+from fp8rl.errors import NonFiniteGradientError
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -65,11 +65,11 @@ class MasterAdamW:
         The gradient is what was accumulated divided by ``divided_by``.
 
         Raises:
-            TrainerError: the norm is not finite; nothing was changed.
+            NonFiniteGradientError: the norm is not finite; nothing was changed.
         """
         norm = self._grad_norm() / divided_by
         if not math.isfinite(norm):
-            raise TrainerError(
+            raise NonFiniteGradientError(
                 f"the gradient norm is {norm}; the step was not taken, the weights are unchanged. "
                 "Look for NaN or Inf in the loss, the advantages and the log-probabilities"
             )

@@ -91,6 +91,21 @@ def test_a_signal_out_of_bounds_before_the_collapse_is_named(name: str, bad: Any
     assert name in found.why and "step 10" in found.why
 
 
+def test_what_was_out_of_bounds_while_it_learned_is_named_last_and_as_such() -> None:
+    made = lines([0.1, 0.4, 0.8, 0.7, 0.2, 0.05, 0.0])
+    for line in made:
+        line["rollout_corr/token_mult_prob_error"] = 5.0
+    always = found_in(made)
+    assert always is not None
+    assert "mismatch from step 2 on, while it still learned: 5" in always.why
+    for line in made[15:]:
+        line["policy/entropy"] = 3.0
+    found = found_in(made)
+    assert found is not None
+    assert [c.signal for c in found.causes] == ["entropy", "mismatch"]
+    assert found.why.startswith("entropy first, at step 16")
+
+
 def test_causes_come_in_the_order_of_their_steps_and_single_spikes_are_none() -> None:
     made = lines([0.1, 0.8, 0.8, 0.1, 0.0])
     made[7]["grad_norm"] = 1e6

@@ -13,7 +13,9 @@ from fp8rl.cli import app
 from fp8rl.config.file import dump_config, load
 from fp8rl.errors import ConfigError, RunDirError
 from fp8rl.stability.claims import ARMS
+from fp8rl.stability.command import _with_ended
 from fp8rl.stability.config import StudyConfig, load_study
+from fp8rl.stability.measure import measure
 from fp8rl.stability.plan import Failure, Plan
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "stability.yaml"
@@ -105,8 +107,11 @@ def test_a_run_has_ended_failed_or_waits(path: Path, tmp_path: Path) -> None:
     assert run.state == "begun"
     run.fail(Failure("EngineDiedError", "killed", 3, numerical=False))
     assert run.state == "begun", "what the machine failed is tried again"
-    run.fail(Failure("TrainerError", "NaN", 3, numerical=True))
-    assert (run.state, run.failure()) == ("failed", Failure("TrainerError", "NaN", 3, True))
+    run.fail(Failure("NonFiniteGradientError", "NaN", 3, numerical=True))
+    assert (run.state, run.failure()) == (
+        "failed",
+        Failure("NonFiniteGradientError", "NaN", 3, True),
+    )
     run.fail(None)
     run.folder.write_result({})
     assert (run.state, run.failure()) == ("ended", None)
@@ -123,6 +128,26 @@ def test_a_folder_of_another_study_is_refused_by_name(path: Path, tmp_path: Path
         RunDirError, match=r"bf16/seed-0.*trainer.learning_rate is 0.0001 there, 0.5"
     ):
         other.check()
+
+
+def test_arms_that_ended_as_something_else_are_refused_beside_those_asked_for(
+    path: Path, tmp_path: Path
+) -> None:
+    for run in plan(path, tmp_path).of_arm("bf16"):
+        run.folder.create(run.config.run_dir, dump_config(run.config))
+        run.folder.write_result({})
+    longer = load_study(path, ["run.steps=60"])
+    with pytest.raises(RunDirError, match=r"bf16/seed-0.*steps is .* there, 60 here"):
+        _with_ended(Plan.of(longer, plan(path, tmp_path).out, ["fp8"]))
+
+
+def test_an_ended_run_without_its_evaluations_has_no_reward(path: Path, tmp_path: Path) -> None:
+    run = plan(path, tmp_path).runs[0]
+    run.folder.create(run.config.run_dir, dump_config(run.config))
+    run.folder.append({"step": 0, "reward/heldout_trainer": 0.5})
+    run.folder.write_result({})
+    with pytest.raises(RunDirError, match=r"has ended, but its metrics have no reward/heldout_tr"):
+        measure(run, 2)
 
 
 def test_the_command_says_what_it_cannot_do_before_anything_starts(

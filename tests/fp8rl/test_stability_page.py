@@ -28,9 +28,10 @@ STUDY = {
         "bf16": {"title": "BF16 <baseline>", "changes": {"rollout.precision": "bf16"}},
         "fp8": {"title": "uncorrected", "against": "bf16"},
         "fp8-tis": {"title": "corrected", "against": "bf16"},
+        "short": {"title": "of a few steps", "against": "bf16", "judged": False},
     },
 }
-LEVELS = {"bf16": 0.8, "fp8": 0.8, "fp8-tis": 0.79}
+LEVELS = {"bf16": 0.8, "fp8": 0.8, "fp8-tis": 0.79, "short": 0.1}
 
 
 def line(run: StudyRun, step: int) -> dict[str, float | int | str]:
@@ -64,7 +65,9 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
         for step in range(9 if breaks else STEPS + 1):
             run.folder.append(line(run, step))
         if breaks:
-            run.fail(Failure("TrainerError", "the gradient norm is nan", 8, numerical=True))
+            run.fail(
+                Failure("NonFiniteGradientError", "the gradient norm is nan", 8, numerical=True)
+            )
         else:
             run.folder.write_result({})
     return Result.of(plan)
@@ -85,8 +88,9 @@ def test_the_result_says_what_became_of_each_arm(written: dict[str, Any], result
     assert written["verdicts"]["fp8"]["word"] == "worse"
     assert written["verdicts"]["fp8-tis"]["word"] == "same"
     assert written["verdicts"]["fp8-tis"]["difference"] == pytest.approx(-0.01, abs=1e-3)
-    assert written["collapsed"] == {"bf16": 0, "fp8": 3, "fp8-tis": 0}
-    assert len(written["rows"]) == 9
+    assert written["collapsed"] == {"bf16": 0, "fp8": 3, "fp8-tis": 0, "short": 0}
+    assert "short" not in written["verdicts"], "is not judged, however bad it is"
+    assert len(written["rows"]) == 12
     [tis, *_] = written["claims"]
     assert tis["answer"] == "reproduced"
 
@@ -97,7 +101,7 @@ def test_the_reward_is_of_the_last_evaluations_and_0_where_numbers_broke(
     rows = {(row["arm"], row["seed"]): row for row in written["rows"]}
     assert rows["fp8", 1]["reward"] == pytest.approx(0.06)
     assert rows["fp8", 2]["reward"] == 0
-    assert rows["fp8", 2]["broke"] == "TrainerError at step 8"
+    assert rows["fp8", 2]["broke"] == "NonFiniteGradientError at step 8"
     heights = [0.8 * (1 - math.exp(-(step + 1) / 3)) for step in (0, 5, 10, 15, 20)]
     assert rows["bf16", 0]["reward"] == pytest.approx(sum(heights[-2:]) / 2)
     area = sum(heights) / 4 - (heights[0] + heights[-1]) / 8  # the trapezoid rule
@@ -120,7 +124,7 @@ def test_the_page_answers_first_and_needs_no_network(
     assert text.index("It depends on the arm") < text.index("Worse, or collapsed: uncorrected")
     assert "As good as BF16: corrected" in text
     assert "BF16 &lt;baseline&gt;" in text and "<baseline>" not in text
-    assert "TrainerError at step 8" in text and "mismatch first" in text
+    assert "NonFiniteGradientError at step 8" in text and "mismatch first" in text
     links: list[str] = []
 
     class Links(HTMLParser):
