@@ -315,7 +315,8 @@ class RolloutEngine:
             self._unplanned = self._audit(description["tensors"])
             self._kv_cache_tokens = description["kv_cache_tokens"]
             self._ready = True
-            self._unplanned += self._other_kernels(self.worker_report())
+            if self.settings.activations is not None:
+                self._unplanned += self._other_kernels(self.worker_report())
         if self._unplanned:
             shown = "; ".join(self._unplanned[:DIFFERENCES_SHOWN])
             raise EngineError(
@@ -338,7 +339,7 @@ class RolloutEngine:
             f"worker {rank}: {layer} takes its input in {found}, and activations is {wanted}"
             for rank, worker in enumerate(workers)
             for layer, found in worker["activations"].items()
-            if wanted not in (None, found)
+            if found != wanted
         ]
 
     def _call(self, method: str, **params: Any) -> Any:
