@@ -81,8 +81,14 @@ def rollout(
         ),
     ] = None,
     gpu_memory: Annotated[
-        float, typer.Option(min=0.05, max=0.99, help="Share of a GPU that an engine takes.")
-    ] = 0.9,
+        float | None,
+        typer.Option(
+            min=0.05,
+            max=0.99,
+            help="Share of a GPU that an engine takes; 0.9 unless given.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -119,6 +125,16 @@ def rollout(
     if (model is None) == (shape is None):
         raise typer.BadParameter("give a checkpoint's folder or --shape, one of the two")
     cuda = device == "cuda"
+    if cuda and kv_cache_gib is not None:
+        raise typer.BadParameter(
+            "is for a CPU; with --device cuda, --gpu-memory says what an engine takes",
+            param_hint="--kv-cache-gib",
+        )
+    if not cuda and gpu_memory is not None:
+        raise typer.BadParameter(
+            "is for --device cuda; on a CPU, --kv-cache-gib says what the KV cache takes",
+            param_hint="--gpu-memory",
+        )
     if cuda and not torch.cuda.is_available():
         typer.echo(
             "fp8rl: --device cuda, but torch finds no CUDA device; use --device cpu", err=True
@@ -138,6 +154,7 @@ def rollout(
         update_every,
     )
     kv_bytes = None if kv_cache_gib is None else round(kv_cache_gib * 2**30)
+    engines = Engines(cuda, kv_bytes, gpu_memory or Engines.gpu_memory)
     folder = out or Path("runs") / f"bench-rollout-{datetime.now():%Y%m%d-%H%M%S}"
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     try:
@@ -146,7 +163,7 @@ def rollout(
         else:
             assert model is not None  # one of the two was given
             subject = Subject.of_checkpoint(model)
-        bench = Bench(subject, chosen, work, Engines(cuda, kv_bytes, gpu_memory))
+        bench = Bench(subject, chosen, work, engines)
         make(folder)
         typer.echo(f"{bench.subject.described()}; {', '.join(chosen)}; {folder}", err=True)
         with Progress(*columns, console=Console(stderr=True)) as progress:

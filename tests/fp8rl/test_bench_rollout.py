@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -21,7 +22,7 @@ from fp8rl.bench.rollout import ROUNDS, Bench, Engines, Workload, bench_rollout,
 from fp8rl.bench.rollout_arms import ARMS, BF16, FP8, FP8_KV, ArmSettings, Point, Round, Turn
 from fp8rl.bench.rollout_figures import ratios_of, rows_of
 from fp8rl.bench.rollout_model import SHAPES, Subject, fitted, fitted_to_device, host_bytes
-from fp8rl.bench.rollout_report import print_result, save_picture
+from fp8rl.bench.rollout_report import _draw_ratio, print_result, save_picture
 from fp8rl.cli import app
 from fp8rl.errors import ConfigError
 
@@ -184,6 +185,27 @@ def test_the_result_is_written_printed_and_drawn(rounds: list[Round], tmp_path: 
     assert (tmp_path / "rollout.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_line_of_a_goal_ends_where_the_goal_does_and_is_named_there() -> None:
+    seconds = {BF16: 6.0, FP8: 4.0}
+    points = [Point(batch, 4) for batch in (1, 8, 16, 32)]
+    memory = {
+        a: {"kv_bytes": 1, "kv_tokens": 1, "device_bytes": 0, "resident_bytes": 1} for a in seconds
+    }
+    described = DESCRIBED | {"arms": [*seconds]}
+    rounds = [Round([turn(a, p, s) for p in points for a, s in seconds.items()], memory, 1.0)]
+    for settings, ends in ((described, [0.8, 8.0]), (described | {"cuda": True}, None)):
+        rows = [row for row in rows_of(rounds, settings) if row["part"] == "speed"]
+        result = BenchResult("rollout", settings, ratios_of(rounds, settings), rows, "a processor")
+        axes = Figure().subplots()
+        _draw_ratio(axes, result, rows)
+        dotted = [c for c in axes.collections if c.get_linestyle()[0][1]]
+        named = [text for text in axes.texts if "goal" in text.get_text()]
+        assert [[x for x, _ in c.get_segments()[0]] for c in dotted] == ([ends] if ends else [])
+        assert [(text.get_text(), text.xy) for text in named] == (
+            [(" goal 1.25", (8, 1.25))] if ends else []
+        )
+
+
 def test_rounds_are_gone_on_with_but_not_those_of_another_bench(
     rounds: list[Round], tmp_path: Path
 ) -> None:
@@ -206,6 +228,11 @@ def test_rounds_are_gone_on_with_but_not_those_of_another_bench(
         (["--shape", "tiny", "--arms", "fp8"], "bf16 must be among the arms"),
         (["--shape", "tiny", "--arms", "bf16,fp4"], "fp4: on cpu there are bf16, fp8"),
         (["--shape", "tiny", "--batches", "1;2"], "positive integers with commas"),
+        (["--shape", "tiny", "--gpu-memory", "0.5"], "for --gpu-memory: is for --device cuda"),
+        (
+            ["--shape", "tiny", "--device", "cuda", "--kv-cache-gib", "1"],
+            "for --kv-cache-gib: is for a CPU",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused_at_once(
