@@ -63,6 +63,8 @@ Examples:
 - `fp8rl report runs/demo`: one run, also while it goes on
 
 - `fp8rl report runs/fp8-* runs/bf16-* --out fp8.html`: arms and their seeds side by side
+
+- `fp8rl report runs/stability/runs/fp8/seed-* runs/stability/runs/bf16/seed-*`: two arms of a study
 """
 
 DOCTOR_EXAMPLES = """
@@ -171,9 +173,9 @@ def report(
     """Write a page that says whether FP8 is safe for a run, and what it bought.
 
     Of one run: report.html and curves.png in its folder. Of several: one page with all of them side
-    by side; runs that differ in their seed alone are one arm, and the first BF16 arm is what the
-    others are held against. Works for runs that go on or were killed, too. The page needs no
-    network; the last line printed is its path.
+    by side; runs that differ in their seed alone (and where it began) are one arm, and the first
+    BF16 arm is what the others are held against. Works for runs that go on or were killed, too. The
+    page needs no network; the last line printed is its path.
     """
     with _exit_codes():
         from fp8rl.report.summary import write_comparison, write_report

@@ -7,5 +7,6 @@ gains        what FP8 bought, and what it cost
 comparison   several runs as arms of seeds; quantities is what they are compared by
 page         the kit that pages are made of; figures puts pictures into them
 run_page, comparison_page   the pages; curves and overlay are their pictures
+equivalence  is an arm as good as its baseline: the rule of comparisons and of studies
 statistics, words, glossary   tests and intervals; names and numbers as text; what metrics mean
 """

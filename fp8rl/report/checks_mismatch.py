@@ -2,7 +2,7 @@
 
 probabilities   exp|dlogp|
 divergence      k3, its level and whether it grows
-corrected       the share of tokens whose weight was cut, or that were rejected
+corrected       the share of tokens whose weight was cut or that were rejected, at least
 sample_size     what the weights leave of the batch
 routers         whether engine and trainer choose the same experts (MoE)
 """
@@ -33,6 +33,8 @@ NEMO_K3 = (
     "most models, by 0.01 at the widest"
 )
 VERL = "veRL's rollout-correction guide"
+CUT = "rollout_corr/rollout_is_ratio_fraction_high"
+REJECTED = "rollout_corr/rollout_rs_masked_fraction"
 
 
 def probabilities(run: RunData) -> Iterator[Check]:
@@ -106,23 +108,35 @@ def divergence(run: RunData) -> Iterator[Check]:
     )
 
 
+def touched(run: RunData) -> Series:
+    """At each step the share of tokens truncated or rejected, at least: the larger of both.
+
+    They overlap: with MIS every token above the bound is rejected, with a rejection beside TIS some
+    may be. Where one of the two acts alone, the share is exact.
+    """
+    found: dict[int, float] = {}
+    for series in (run.series(CUT), run.series(REJECTED)):
+        for step, value in zip(series.steps, series.values, strict=True):
+            found[step] = max(value, found.get(step, value))
+    steps = sorted(found)
+    return Series(CUT, tuple(steps), tuple(found[step] for step in steps))
+
+
 def corrected(run: RunData) -> Iterator[Check]:
     """The share of tokens that the correction touched."""
-    cut = run.series("rollout_corr/rollout_is_ratio_fraction_high")
-    gone = run.series("rollout_corr/rollout_rs_masked_fraction")
     if not run.config["correction"].get("stages", True):
         return  # nothing is corrected: nothing can be cut
-    both = [a + b for a, b in zip(cut.values, gone.values, strict=False)] or list(cut.values)
-    series = Series(cut.key, cut.steps[: len(both)], tuple(both))
+    series = touched(run)
     yield Check(
         "Tokens corrected",
         below(series, *CORRECTED),
         level(series, percent),
         f"below {percent(CORRECTED[0])} (not above {percent(CORRECTED[1])})",
         Source(
-            "How often the correction had to step in.",
-            "share of response tokens whose ratio is above the cap, plus those rejected",
-            (cut.key, gone.key),
+            "How often the correction had to step in, at least.",
+            "at each step the larger of two shares of response tokens, which overlap: those whose "
+            "ratio is above the cap, and those rejected",
+            (CUT, REJECTED),
             series.over,
             f"watch: {OURS}; bad: {VERL} warns where more than 0.1 is vetoed",
         ),

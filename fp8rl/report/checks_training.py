@@ -18,7 +18,7 @@ from fp8rl.report.check import OURS, Check
 from fp8rl.report.data import RunData
 from fp8rl.report.drift import worst_layer
 from fp8rl.report.page import Source, State
-from fp8rl.report.statistics import spikes
+from fp8rl.report.statistics import SPIKE_HISTORY, spikes
 from fp8rl.report.words import percent, since, warn_saturation
 
 ERRORS = 3.0  # standard errors that a reward may fall by
@@ -93,7 +93,8 @@ def gradients(run: RunData) -> Iterator[Check]:
     found = "not measured"
     if lines:
         state = "bad" if broken else "watch" if peaks else "good"
-        found = "finite, no spikes" if state == "good" else ""
+        short = len(series) <= SPIKE_HISTORY
+        found = "finite; too short for spikes" if short else "finite, no spikes"
         if broken:
             found = f"not finite in {len(broken)} steps, first in step {broken[0]}"
         elif peaks:

@@ -1,9 +1,10 @@
 """Several runs side by side: which are seeds of one arm, what is compared, and with what.
 
-Runs whose configurations differ in nothing but ``seed`` and ``run_dir`` are one arm; a key that an
-older run has not is taken at its default, since that is how the older version behaved. The baseline
-is the first arm whose rollouts are BF16, else the first one given. Differences are taken between
-the arms' means over seeds; where the seeds are the same, they are paired.
+Runs whose configurations differ in nothing but ``seed``, ``run_dir`` and ``warmup.start_from``
+(a study begins every seed at a start of its own) are one arm; a key that an older run has not is
+taken at its default, since that is how the older version behaved. The baseline is the first arm
+whose rollouts are BF16, else the first one given. Differences are paired by the seeds that both
+arms have; where they have none in common, they are of the arms' means over seeds.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 from fp8rl.config.run import RunConfig
@@ -22,9 +22,8 @@ from fp8rl.report.words import SHORT_ARMS
 
 BASELINE_COLOUR = "#000000"
 COLOURS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY)
-OF_THE_RUN = ("seed", "run_dir")  # keys in which the runs of an arm differ
+OF_THE_RUN = ("seed", "run_dir", "warmup.start_from")  # in which the runs of an arm differ
 MACHINE = ("cpu.model", "cpu.cores", "gpus")
-LAST_EVALUATIONS = 3
 PRECISION = "rollout.precision"
 NAMED_KEYS, LONGEST_VALUE = 2, 20  # in the name of an arm
 
@@ -42,6 +41,10 @@ class Arm:
         pairs = {int(run.config["seed"]): of(run) for run in self.runs}
         return {seed: value for seed, value in pairs.items() if value is not None}
 
+    def called(self, run: RunData) -> str:
+        """One of its runs, for people: folders of several arms may have the same name."""
+        return f"{self.name}, seed {run.config['seed']}"
+
     @property
     def fp8(self) -> bool:
         """Whether anything in its rollouts is FP8."""
@@ -54,6 +57,11 @@ class Comparison:
 
     arms: tuple[Arm, ...]
     baseline: Arm
+
+    @property
+    def runs(self) -> list[RunData]:
+        """All runs, arm by arm."""
+        return [run for arm in self.arms for run in arm.runs]
 
     @property
     def others(self) -> tuple[Arm, ...]:
@@ -74,8 +82,8 @@ def compare(runs: Sequence[RunData]) -> Comparison:
         for other in groups.setdefault(key, []):
             if other.config["seed"] == run.config["seed"]:
                 raise RunDirError(
-                    f"{other.path} and {run.path} have the same configuration and seed "
-                    f"{run.config['seed']}; give one of them"
+                    f"{other.path} and {run.path} have, run_dir and warmup.start_from aside, the "
+                    f"same configuration and seed {run.config['seed']}; give one of them"
                 )
         groups[key].append(run)
     found = list(groups.values())
@@ -107,12 +115,6 @@ def other_machines(runs: Sequence[RunData]) -> list[str]:
     return [key for key in differences(known) if key in MACHINE]
 
 
-def end_reward(run: RunData) -> float | None:
-    """The mean of the last three held-out evaluations, or of as many as there are."""
-    values = run.series("reward/heldout").values[-LAST_EVALUATIONS:]
-    return fmean(values) if values else None
-
-
 def _one_task(runs: Sequence[RunData]) -> None:
     first = runs[0]
     for run in runs[1:]:
@@ -129,7 +131,18 @@ def _one_task(runs: Sequence[RunData]) -> None:
 def _of_the_arm(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration without what is each run's own, with defaults for keys it has not."""
     whole = _filled(config, RunConfig().model_dump(mode="json"))
-    return {key: value for key, value in whole.items() if key not in OF_THE_RUN}
+    return _without(whole, OF_THE_RUN)
+
+
+def _without(
+    section: Mapping[str, Any], dropped: Sequence[str], prefix: str = ""
+) -> dict[str, Any]:
+    """A configuration but for these dotted keys."""
+    return {
+        key: _without(value, dropped, f"{prefix}{key}.") if isinstance(value, dict) else value
+        for key, value in section.items()
+        if f"{prefix}{key}" not in dropped
+    }
 
 
 def _filled(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from statistics import fmean
 
 from markupsafe import Markup
 
+from fp8rl.report import equivalence
 from fp8rl.report import page as kit
 from fp8rl.report.comparison import (
     Arm,
@@ -18,11 +19,11 @@ from fp8rl.report.comparison import (
     differences,
     other_machines,
 )
-from fp8rl.report.data import RunData
+from fp8rl.report.equivalence import MARGIN
 from fp8rl.report.figures import figure, figure_row, paint
 from fp8rl.report.overlay import overlays
 from fp8rl.report.page import Fact, State
-from fp8rl.report.quantities import BYTES, CACHE, QUANTITIES, REWARD, SPEED, STEP, Quantity
+from fp8rl.report.quantities import BYTES, CACHE, QUANTITIES, SPEED, STEP, Quantity, reward
 from fp8rl.report.run_page import check_list, columns_of
 from fp8rl.report.statistics import Interval, difference, interval, ratio
 from fp8rl.report.verdict import WORDS, in_a_sentence, judge
@@ -30,17 +31,24 @@ from fp8rl.report.words import fell_back
 
 NAMED_ARMS = 2  # in a title
 WORST_FIRST: tuple[State, ...] = ("bad", "watch", "unknown", "good")
+FOUND: dict[equivalence.Word, str] = {
+    "same": f"no difference that matters, for it lies within \u00b1{MARGIN:g}",
+    "worse": "it is worse",
+    "better": "it is better",
+    "undecided": f"undecided, for the interval holds 0 and reaches beyond \u00b1{MARGIN:g}",
+}
+ONE_SEED = "one seed cannot say whether that is chance"
 
 
 def comparison_page(found: Comparison) -> str:
     """The HTML of a comparison."""
-    runs = [run for arm in found.arms for run in arm.runs]
-    page = kit.Page(_title(found), _subtitle(found, runs))
-    page.add(*_notices(runs))
-    judged = [(arm, *_judge(arm, found.baseline)) for arm in found.arms if arm.fp8]
+    rewards = reward(found.runs)
+    page = kit.Page(_title(found), _subtitle(found))
+    page.add(*_notices(found))
+    judged = [(arm, *_judge(arm, found.baseline, rewards)) for arm in found.arms if arm.fp8]
     page.add(kit.columns(_answer(judged), kit.facts("What it bought", _bought(found))))
-    page.add(_arm_rows(judged))
-    page.section("Numbers", _numbers(found))
+    page.add(_arm_rows(judged, rewards))
+    page.section("Numbers", _numbers(found, [rewards, *QUANTITIES]))
     drawn = overlays(found.arms)
     page.section(
         "Curves",
@@ -49,7 +57,7 @@ def comparison_page(found: Comparison) -> str:
     )
     page.section("What was configured differently", _configuration(found.arms))
     page.section("Checks of each run", *_checks(found.arms))
-    page.section("Where it ran", _environments(runs), *_commands(runs), _data(found))
+    page.section("Where it ran", _environments(found), *_commands(found), _data(found))
     return page.html()
 
 
@@ -61,22 +69,23 @@ def _title(found: Comparison) -> str:
     return f"{others} against {found.baseline.name}"
 
 
-def _subtitle(found: Comparison, runs: Sequence[RunData]) -> str:
-    steps = sorted({run.planned for run in runs})
+def _subtitle(found: Comparison) -> str:
+    steps = sorted({run.planned for run in found.runs})
     spread = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
     counted = {len(arm.runs) for arm in found.arms}
     seeds = f"{counted.pop()} of each arm" if len(counted) == 1 else "of some arms more than others"
-    return f"{len(runs)} runs of {spread} steps, {seeds}; baseline {found.baseline.name}"
+    return f"{len(found.runs)} runs of {spread} steps, {seeds}; baseline {found.baseline.name}"
 
 
-def _notices(runs: Sequence[RunData]) -> Iterator[Markup]:
-    for run in runs:
-        if not run.ended:
-            where = f"{run.path.name} stopped at step {run.steps} of {run.planned}"
-            yield kit.notice(f"{where}, or is still running: its numbers are of fewer steps.")
-        for one in run.fell_back:
-            yield kit.notice(f"{run.path.name}: {fell_back(one)}")
-    machines = other_machines(runs)
+def _notices(found: Comparison) -> Iterator[Markup]:
+    for arm in found.arms:
+        for run in arm.runs:
+            if not run.ended:
+                where = f"{arm.called(run)} stopped at step {run.steps} of {run.planned}"
+                yield kit.notice(f"{where}, or is still running: its numbers are of fewer steps.")
+            for one in run.fell_back:
+                yield kit.notice(f"{arm.called(run)}: {fell_back(one)}")
+    machines = other_machines(found.runs)
     if machines:
         differing = ", ".join(machines)
         yield kit.notice(
@@ -85,7 +94,7 @@ def _notices(runs: Sequence[RunData]) -> Iterator[Markup]:
         )
 
 
-def _judge(arm: Arm, baseline: Arm) -> tuple[State, str]:
+def _judge(arm: Arm, baseline: Arm, rewards: Quantity) -> tuple[State, str]:
     """The worst verdict of an arm's runs, or its reward's loss against the baseline if worse."""
     verdicts = [judge(run) for run in arm.runs]
     state = min((v.state for v in verdicts), key=WORST_FIRST.index)
@@ -96,15 +105,13 @@ def _judge(arm: Arm, baseline: Arm) -> tuple[State, str]:
     sentence = f"{WORDS[state]}{runs}{why}."
     if arm is baseline:
         return state, sentence
-    against = difference(arm.values(REWARD.of), baseline.values(REWARD.of))
-    if against is None:
-        return state, sentence
-    sentence += f" Held-out reward {_signed(against)} against {baseline.name}"
-    if against.high < 0:
-        return "bad", f"{sentence}: it is worse."
-    if math.isnan(against.high):
-        return state, f"{sentence}; one seed cannot say whether that is chance."
-    return state, f"{sentence}."
+    sides = arm.values(rewards.of), baseline.values(rewards.of)
+    against, apart = equivalence.judge(*sides, MARGIN), difference(*sides)
+    if against is None or apart is None:
+        return state, f"{sentence} No seed has a {rewards.name} both here and in {baseline.name}."
+    why = ONE_SEED if against.n == 1 else FOUND[against.word]
+    sentence += f" Held-out reward {_signed(apart)} against {baseline.name}: {why}."
+    return "bad" if against.word == "worse" else state, sentence
 
 
 def _answer(judged: Sequence[tuple[Arm, State, str]]) -> Markup:
@@ -120,12 +127,12 @@ def _answer(judged: Sequence[tuple[Arm, State, str]]) -> Markup:
     return kit.answer(question, state, "Not every arm", f"{found}.", "Each arm stands below.")
 
 
-def _arm_rows(judged: Sequence[tuple[Arm, State, str]]) -> Markup:
+def _arm_rows(judged: Sequence[tuple[Arm, State, str]], rewards: Quantity) -> Markup:
     """Each FP8 arm with its verdict, where there are several."""
     if len(judged) < 2:
         return Markup()
     rows = [
-        kit.check_row(state, arm.name, why, _seeds(arm), REWARD.source)
+        kit.check_row(state, arm.name, why, _seeds(arm), rewards.source)
         for arm, state, why in judged
     ]
     return Markup('<div class="checks">{}</div>').format(Markup().join(rows))
@@ -147,20 +154,31 @@ def _bought(found: Comparison) -> Iterator[Fact]:
             yield Fact(f"{factor.mean:.2f}\u00d7", quantity.name, remark, quantity.source)
 
 
-def _numbers(found: Comparison) -> Markup:
+def _numbers(found: Comparison, quantities: Sequence[Quantity]) -> Markup:
     """Quantities by arm: mean and interval over seeds, and below it the difference."""
     heads = ["mean over seeds", *(arm.name for arm in found.arms)]
     rows = []
-    for quantity in QUANTITIES:
+    for quantity in quantities:
         if any(arm.values(quantity.of) for arm in found.arms):
             cells = [_cell(quantity, arm, found.baseline) for arm in found.arms]
             rows.append([kit.explained(quantity.name, quantity.source), *cells])
     note = kit.prose(
         "\u00b1 is half the 95 % interval of the mean over seeds (Student's t). Below it the "
-        f"difference to {found.baseline.name}, with its interval: paired where the arms' seeds "
-        "are the same, else Welch's; factors are of geometric means. One seed has no interval."
+        f"difference to {found.baseline.name}, with its interval: paired over the seeds that both "
+        "have, Welch's where they have none in common; factors are of geometric means. One seed "
+        f"has no interval.{_chance(found, quantities)}"
     )
     return kit.table(heads, rows) + note
+
+
+def _chance(found: Comparison, quantities: Sequence[Quantity]) -> str:
+    """How many intervals of differences there are, and that some miss the truth by chance."""
+    apart = [_apart(q, arm, found.baseline) for q in quantities for arm in found.others]
+    count = sum(one is not None and not math.isnan(one.low) for one in apart)
+    if not count:
+        return ""
+    compared = "1 comparison" if count == 1 else f"{count} comparisons"
+    return f" These are {compared} at 95 %: one in 20 is off by chance alone."
 
 
 def _cell(quantity: Quantity, arm: Arm, baseline: Arm) -> Markup:
@@ -175,14 +193,18 @@ def _cell(quantity: Quantity, arm: Arm, baseline: Arm) -> Markup:
 
 
 def _against(quantity: Quantity, arm: Arm, baseline: Arm) -> str:
-    if arm is baseline:
+    found = None if arm is baseline else _apart(quantity, arm, baseline)
+    if found is None:
         return ""
-    sides = arm.values(quantity.of), baseline.values(quantity.of)
     if quantity.ratio:
-        factor = ratio(*sides)
-        return "" if factor is None else f"{factor.mean:.2f}\u00d7{_range(factor, '.2f', ' ({})')}"
-    found = difference(*sides)
-    return "" if found is None else _signed(found)
+        return f"{found.mean:.2f}\u00d7{_range(found, '.2f', ' ({})')}"
+    return _signed(found)
+
+
+def _apart(quantity: Quantity, arm: Arm, baseline: Arm) -> Interval | None:
+    """The difference of two arms, or their factor; None where one has no value."""
+    compared = ratio if quantity.ratio else difference
+    return compared(arm.values(quantity.of), baseline.values(quantity.of))
 
 
 def _signed(found: Interval) -> str:
@@ -211,24 +233,25 @@ def _checks(arms: Sequence[Arm]) -> Iterator[Markup]:
     for arm in arms:
         for run in arm.runs:
             verdict = judge(run)
-            title = f"{arm.name}, seed {run.config['seed']}: {verdict.word} ({run.path})"
+            title = f"{arm.called(run)}: {verdict.word} ({run.path})"
             yield kit.fold(title, check_list(verdict.checks))
 
 
-def _environments(runs: Sequence[RunData]) -> Markup:
-    known = [run for run in runs if run.environment]
-    unknown = [run.path.name for run in runs if not run.environment]
+def _environments(found: Comparison) -> Markup:
+    named = [(arm.called(run), run.environment) for arm in found.arms for run in arm.runs]
+    known = [(name, environment) for name, environment in named if environment]
+    unknown = [name for name, environment in named if not environment]
     said = "" if not unknown else f" Not recorded, since they have not ended: {_list(unknown)}."
-    rows = differences([run.environment for run in known])
+    rows = differences([environment for _, environment in known])
     if not rows:
         return kit.prose(f"All whose machine is recorded ran on the same one.{said}")
-    heads = ["fact", *(run.path.name for run in known)]
+    heads = ["fact", *(name for name, _ in known)]
     return kit.table(heads, [[k, *v] for k, v in rows.items()]) + kit.prose(said)
 
 
-def _commands(runs: Sequence[RunData]) -> Iterator[Markup]:
-    lines = [run.command or f"# {run.path}: not recorded, the run has not ended" for run in runs]
-    yield kit.code("\n".join(lines))
+def _commands(found: Comparison) -> Iterator[Markup]:
+    missing = "not recorded, the run has not ended"
+    yield kit.code("\n".join(run.command or f"# {run.path}: {missing}" for run in found.runs))
 
 
 def _data(found: Comparison) -> Markup:

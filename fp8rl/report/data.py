@@ -46,6 +46,12 @@ class RunData:
         Raises:
             RunDirError: no run is there, or its config, metrics or result.json are broken.
         """
+        if _holds_a_study(path):
+            raise RunDirError(
+                f"{path}: holds a study of `fp8rl stability`, whose page is "
+                f"{path / 'report.html'}; to compare runs of it: fp8rl report "
+                f"{path / 'runs' / 'ARM' / 'seed-*'} {path / 'runs' / 'OTHER_ARM' / 'seed-*'}"
+            )
         run = RunDir.open(path)
         config, stored = run.read_config(), run.read_result() or {}
         missing = [key for key in ARM_KEYS if not isinstance(config.get(key), dict)]
@@ -101,6 +107,11 @@ class RunData:
             if key in line and math.isfinite(float(line[key]))
         ]
         return Series(key, tuple(step for step, _ in pairs), tuple(value for _, value in pairs))
+
+
+def _holds_a_study(path: Path) -> bool:
+    """Whether a folder has the runs of a study in it, and is none itself."""
+    return not RunDir(path).metrics_file.exists() and any(path.glob("runs/*/seed-*/config.yaml"))
 
 
 @dataclass(frozen=True)

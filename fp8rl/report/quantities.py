@@ -5,15 +5,19 @@ Differences to the baseline are absolute where ``ratio`` is False, else factors.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from statistics import fmean
 
-from fp8rl.report.comparison import LAST_EVALUATIONS, end_reward
+from fp8rl.report.checks_mismatch import CUT, REJECTED, touched
 from fp8rl.report.data import RunData
 from fp8rl.report.page import Source
 from fp8rl.report.words import mib, percent
 
 UNCOUNTED = ("eval", "checkpoint")  # phases that are no part of a step's work
+EXACT, SAMPLED = "reward/heldout_trainer", "reward/heldout"
+LAST_EVALUATIONS = 3
 
 
 @dataclass(frozen=True)
@@ -37,24 +41,34 @@ def working_seconds(run: RunData) -> float | None:
     return sum(spent) / len(spent) if spent else None
 
 
-def corrected_share(run: RunData) -> float | None:
-    """Mean share of response tokens truncated or rejected."""
-    cut = run.series("rollout_corr/rollout_is_ratio_fraction_high").mean
-    gone = run.series("rollout_corr/rollout_rs_masked_fraction").mean
-    return None if cut is None and gone is None else (cut or 0.0) + (gone or 0.0)
+def end_reward(run: RunData, key: str) -> float | None:
+    """The mean of the last three held-out evaluations, or of as many as there are."""
+    values = run.series(key).values[-LAST_EVALUATIONS:]
+    return fmean(values) if values else None
 
 
-REWARD = Quantity(
-    "held-out reward",
-    end_reward,
-    lambda value: f"{value:.3f}",
-    Source(
-        "How well the policy does at the end on prompts never trained on.",
-        f"mean of the last {LAST_EVALUATIONS} evaluations; then over seeds",
-        ("reward/heldout",),
-        f"the last {LAST_EVALUATIONS} evaluations of each run",
-    ),
-)
+def reward(runs: Sequence[RunData]) -> Quantity:
+    """The held-out reward at the end: the exact one where every run has it, else the sampled."""
+    exact = all(run.series(EXACT) for run in runs)
+    key = EXACT if exact else SAMPLED
+    what = {
+        EXACT: "How probable the trainer's policy finds the right answers at the end, to prompts "
+        "never trained on; exact.",
+        SAMPLED: "How well the engine answers at the end, on prompts never trained on; sampled.",
+    }
+    return Quantity(
+        "held-out reward",
+        partial(end_reward, key=key),
+        lambda value: f"{value:.3f}",
+        Source(
+            what[key],
+            f"mean of the last {LAST_EVALUATIONS} evaluations; then over seeds",
+            (key,),
+            f"the last {LAST_EVALUATIONS} evaluations of each run",
+        ),
+    )
+
+
 CACHE = Quantity(
     "KV cache, tokens",
     lambda run: run.series("rollout/kv_cache_tokens").last,
@@ -98,8 +112,7 @@ STEP = Quantity(
     ),
     ratio=True,
 )
-QUANTITIES = (
-    REWARD,
+QUANTITIES = (  # beside the reward
     Quantity(
         "exp|dlogp|",
         lambda run: run.series("rollout_corr/token_mult_prob_error").median,
@@ -123,16 +136,15 @@ QUANTITIES = (
         ),
     ),
     Quantity(
-        "truncated or rejected",
-        corrected_share,
+        "truncated or rejected, at least",
+        lambda run: touched(run).mean,
         percent,
         Source(
-            "Share of response tokens that the correction touched, mean over steps.",
-            keys=(
-                "rollout_corr/rollout_is_ratio_fraction_high",
-                "rollout_corr/rollout_rs_masked_fraction",
-            ),
-            over="every step",
+            "Share of response tokens that the correction touched, at least: a token can be both "
+            "truncated and rejected.",
+            "mean over steps of the larger of both shares",
+            (CUT, REJECTED),
+            "every step",
         ),
     ),
     Quantity(

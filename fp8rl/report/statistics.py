@@ -5,8 +5,8 @@
     spikes        values at least 7 standard deviations from the mean of the 1000 before them, or of
                   as many as there are (the spike score of OLMo 2, arXiv 2501.00656)
     interval      mean and 95 % confidence interval over seeds, Student's t
-    difference    of two arms' means with its interval: paired where the seeds are the same, else
-                  Welch's; ratio is the same of logarithms
+    difference    of two arms with its interval: paired over the seeds that both have; Welch's, of
+                  their means, where they have none in common; ratio is the same of logarithms
 
 Steps of one run depend on each other, so that a rank test finds trends too readily: a report asks
 for a small p and for growth that matters.
@@ -85,8 +85,9 @@ def difference(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Inter
     """Arm minus baseline, both by seed; None where one of them has no value."""
     if not arm or not baseline:
         return None
-    if arm.keys() == baseline.keys():
-        return interval([value - baseline[seed] for seed, value in arm.items()])
+    paired = [value - baseline[seed] for seed, value in arm.items() if seed in baseline]
+    if paired:
+        return interval(paired)
     mean = fmean(arm.values()) - fmean(baseline.values())
     if min(len(arm), len(baseline)) < 2:
         return Interval(mean, math.nan, math.nan)

@@ -21,6 +21,7 @@ from typing import Any
 
 from rich.table import Table
 
+from fp8rl.errors import RunDirError
 from fp8rl.report.comparison import compare
 from fp8rl.report.comparison_page import comparison_page
 from fp8rl.report.curves import curves, phase_names
@@ -93,9 +94,12 @@ def write_report(path: Path, out: Path | None = None) -> Path:
         out: where the page goes; report.html in the folder unless given.
 
     Raises:
-        RunDirError: no run is there, or its config, metrics or result.json are broken.
+        RunDirError: no run is there, its config, metrics or result.json are broken, or no file can
+            be written to ``out``.
     """
-    run, data = RunDir.open(path), RunData.load(path)
+    if out is not None:
+        _check_page(out)
+    data, run = RunData.load(path), RunDir(path)
     title = describe(data.config) + since(data.fell_back)
     limit = warn_saturation(data.config)
     curves(data.metrics, title, limit).savefig(run.curves, dpi=CURVES_DPI)
@@ -110,11 +114,30 @@ def write_comparison(paths: Sequence[Path], out: Path) -> Path:
     """Write the page of several runs side by side to ``out``; returns its path.
 
     Raises:
-        RunDirError: a folder holds no run, or the runs cannot be compared (see ``compare``).
+        RunDirError: a folder holds no run, the runs cannot be compared (see ``compare``), or no
+            file can be written to ``out``.
     """
+    _check_page(out)
     found = compare([RunData.load(path) for path in paths])
     write_file(out, comparison_page(found).encode())
     return out
+
+
+def _check_page(path: Path) -> None:
+    """Refuse a place for a page, before runs are read.
+
+    Raises:
+        RunDirError: it is a folder, or its folder is missing.
+    """
+    if path.is_dir():
+        raise RunDirError(
+            f"{path}: is a folder; give the page's file, such as {path / 'report.html'}"
+        )
+    if not path.parent.is_dir():
+        raise RunDirError(
+            f"{path}: the page cannot be written, for {path.parent} is no folder; make it, or give "
+            "another file"
+        )
 
 
 def headline(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
+from fp8rl.report.equivalence import Factor, Verdict, factor, judge
 from fp8rl.stability.measure import Measured
-from fp8rl.stability.verdict import Factor, Verdict, factor, judge
 
 Answer = Literal["reproduced", "not reproduced", "undecided", "not measured"]
 MARKS: dict[Answer, str] = {

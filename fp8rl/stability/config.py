@@ -24,6 +24,7 @@ from fp8rl.config.file import load, parse, set_key
 from fp8rl.config.model import Frozen
 from fp8rl.config.run import RunConfig
 from fp8rl.errors import ConfigError
+from fp8rl.report.equivalence import MARGIN
 
 OURS = ("seed", "run_dir", "warmup.start_from")  # keys that the study sets for each run
 ARM_NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
@@ -46,7 +47,7 @@ class StudyConfig(Frozen):
 
     seeds: PositiveInt = Field(5, description="runs of each arm, with seeds 0, 1, ...")
     margin: PositiveFloat = Field(
-        0.03, description="differences of held-out reward within +- this are none that matter"
+        MARGIN, description="differences of held-out reward within +- this are none that matter"
     )
     last_evaluations: PositiveInt = Field(
         3, description="held-out evaluations at the end of a run whose mean is its reward"

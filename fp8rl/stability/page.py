@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from fp8rl.plots import STYLE
 from fp8rl.report import page as kit
+from fp8rl.report.equivalence import Word
 from fp8rl.report.figures import PANEL_INCHES, figure, figure_row, paint
 from fp8rl.report.page import Source
 from fp8rl.report.words import show
@@ -22,7 +23,6 @@ from fp8rl.stability.collapse import Collapse
 from fp8rl.stability.measure import Measured
 from fp8rl.stability.picture import CURVES, Drawn, draw_curve, draw_forest, draw_rewards
 from fp8rl.stability.result import Result
-from fp8rl.stability.verdict import Word
 
 VERDICT = Source(
     "The arm's held-out reward minus its baseline's, seed by seed: mean and 95 % interval over "
@@ -30,13 +30,13 @@ VERDICT = Source(
     "d +- t(0.975, n - 1) std(d) / sqrt(n)",
     (keys.REWARD,),
     "the last evaluations of each run (last_evaluations)",
-    "fp8rl/stability/verdict.py",
+    "fp8rl/report/equivalence.py",
     "runs/ARM/seed-N/metrics.jsonl",
 )
 P_VALUE = Source(
     "How often differences this large come about if each might as well have the other sign; exact. "
     "With five seeds it is never below 0.0625.",
-    reference="fp8rl/stability/verdict.py",
+    reference="fp8rl/report/equivalence.py",
 )
 K3 = Source(
     "Mismatch of rollout and trainer: median over steps, then over seeds.",

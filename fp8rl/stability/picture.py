@@ -56,7 +56,10 @@ CURVES = (
         "Tokens truncated",
         keys.TRUNCATED,
         False,
-        Source("Share of response tokens whose weight was cut at the cap (TIS), or would be."),
+        Source(
+            "Share of response tokens whose ratio is above the correction's upper bound: their "
+            "weight was cut (TIS), or they left the loss (MIS). 0 where nothing is corrected."
+        ),
     ),
     Curve(
         "Gradient norm",

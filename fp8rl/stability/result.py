@@ -23,12 +23,12 @@ from rich.text import Text
 from fp8rl.config.file import dump_config
 from fp8rl.environment import environment
 from fp8rl.errors import RunDirError
+from fp8rl.report.equivalence import Verdict, judge
 from fp8rl.report.words import show
 from fp8rl.run_dir import write_file
 from fp8rl.stability.claims import MARKS, Claim, Evidence, claims, markdown, verdict_text
 from fp8rl.stability.measure import Measured, measure
 from fp8rl.stability.plan import Plan
-from fp8rl.stability.verdict import Verdict, judge
 
 COLOURS = {"same": "green", "better": "green", "worse": "red", "undecided": "yellow"}
 

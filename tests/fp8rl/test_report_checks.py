@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 from fp8rl.report.check import Check
+from fp8rl.report.checks_mismatch import touched
 from fp8rl.report.data import RunData
 from fp8rl.report.verdict import CHECKS, Verdict, judge
 from tests.fp8rl.report_runs import Metrics, make_run
 
 EXP_ABS, K3 = "rollout_corr/token_mult_prob_error", "rollout_corr/k3_kl"
 ESS, CUT = "rollout_corr/rollout_is_eff_sample_size", "rollout_corr/rollout_is_ratio_fraction_high"
+REJECTED = "rollout_corr/rollout_rs_masked_fraction"
 
 
 def verdict(folder: Path, change: Any = lambda step, line: {}, **config: Any) -> Verdict:
@@ -120,6 +122,32 @@ def test_a_spike_of_the_gradient_is_found_with_its_step(tmp_path: Path) -> None:
     found = verdict(tmp_path, lambda s, _: {"grad_norm": 5.0} if s == 32 else {}, steps=40)
     assert check(found, "Gradient norms").found == "1 spikes, first in step 32"
     assert found.state == "watch"
+
+
+def test_spikes_are_not_denied_before_one_could_be_seen(tmp_path: Path) -> None:
+    for steps, found in ((20, "finite; too short for spikes"), (21, "finite, no spikes")):
+        norms = check(verdict(tmp_path / str(steps), steps=steps), "Gradient norms")
+        assert (norms.state, norms.found) == ("good", found)
+
+
+def test_a_token_that_mis_both_counts_and_rejects_is_touched_once(tmp_path: Path) -> None:
+    both = {CUT: 0.06, REJECTED: 0.07}  # with MIS all that are above the bound are rejected
+    found = check(verdict(tmp_path, lambda step, line: both if step else {}), "Tokens corrected")
+    assert (found.state, found.found) == ("watch", "7 %")
+    assert "at least" in found.source.what
+
+
+def test_shares_of_tokens_are_put_together_by_their_steps(tmp_path: Path) -> None:
+    def change(step: int, line: Metrics) -> dict[str, float | None]:
+        late = {CUT: None, REJECTED: 0.5} if step == 2 else {CUT: 0.3, REJECTED: None}
+        return {} if step == 0 else {CUT: 0.1, REJECTED: 0.2} if step == 4 else late
+
+    run = RunData.load(make_run(tmp_path / "run", change=change, steps=4).path)
+    assert (touched(run).steps, touched(run).values) == ((1, 2, 3, 4), (0.3, 0.5, 0.3, 0.2))
+    old = RunData.load(
+        make_run(tmp_path / "old", change=always(**{CUT: None, REJECTED: None})).path
+    )
+    assert touched(old).mean is None
 
 
 def test_without_a_correction_there_is_nothing_to_correct(tmp_path: Path) -> None:

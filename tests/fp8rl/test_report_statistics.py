@@ -77,6 +77,12 @@ def test_other_seeds_are_compared_by_welchs_test() -> None:
     assert found.low == pytest.approx(-2 - 3.2188 * math.sqrt(5 / 3), abs=1e-3)
 
 
+def test_of_seeds_that_overlap_those_in_common_are_paired() -> None:
+    ours, theirs = {0: 0.5, 1: 0.7, 2: 0.9, 7: 100.0}, {0: 0.4, 1: 0.5, 2: 0.9, 9: -100.0}
+    both = {seed: ours[seed] - theirs[seed] for seed in (0, 1, 2)}
+    assert difference(ours, theirs) == interval([*both.values()])
+
+
 def test_one_seed_on_a_side_has_a_difference_without_an_interval() -> None:
     found = difference({0: 1.0}, {1: 3.0, 2: 5.0})
     assert found is not None

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from fp8rl.report.equivalence import judge
 from fp8rl.stability.claims import Claim, Evidence, claims, markdown
 from fp8rl.stability.measure import Measured
-from fp8rl.stability.verdict import judge
 
 NOISE = (0.01, -0.01, 0.005, -0.005, 0.0)
 NOTHING = dict.fromkeys(

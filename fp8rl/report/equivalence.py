@@ -1,5 +1,7 @@
 """An arm against its baseline: the same, worse, better, or undecided. Numbers in, a verdict out.
 
+The one rule by which studies and comparisons of runs judge a held-out reward.
+
     d_s       = reward of the arm with seed s - reward of the baseline with seed s
     interval  = mean(d) +- t(0.975, n - 1) std(d) / sqrt(n)                   95 %, Student's t
     p         = share of the 2^n sign patterns e with |mean(e d)| >= |mean(d)|    two-sided; exact
@@ -29,6 +31,7 @@ from typing import Literal
 from fp8rl.report.statistics import difference, ratio
 
 EXACT_SEEDS, SAMPLED_PATTERNS = 12, 10_000
+MARGIN = 0.03  # of a held-out reward, unless a study has its own
 Word = Literal["same", "worse", "better", "undecided"]
 
 

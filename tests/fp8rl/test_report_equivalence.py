@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp8rl.stability.verdict import factor, judge
+from fp8rl.report.equivalence import factor, judge
 
 MARGIN = 0.03
 STUDIES, SEEDS = 600, 5
