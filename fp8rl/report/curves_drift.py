@@ -1,11 +1,13 @@
 """The panels of the drift watch: where engine and trainer differ, when, and what of it is a fault.
 
-Two maps of layers by probes, and the sources in the mean over layers. In the maps colours are of a
-logarithmic scale, and what is exactly 0 is left blank. A dashed line is where the run fell back.
+Two maps of layers by probes, and the sources in the mean over layers, at the probes in which all of
+them are numbers. In the maps colours are of a logarithmic scale, what is exactly 0 is left blank,
+and what is no number (NaN) is vermilion. A dashed line is where the run fell back.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -30,6 +32,7 @@ SOURCE_COLOURS = {
     "unexplained": VERMILION,
 }
 SPAN = 1e-3, 1.0  # of the colours, shares of what a layer adds
+BLANK, NO_NUMBER = "none", VERMILION  # the colours of 0 and of NaN
 WHERE = "fp8rl/drift/parts.py"
 
 
@@ -56,12 +59,12 @@ def sources(axes: Axes, metrics: Sequence[Metrics]) -> None:
     axes.set_ylabel("% of what a layer adds")
     layers = _layers(metrics)
     for name, colour in SOURCE_COLOURS.items():
-        lines = [series(metrics, f"drift/{layer}/{name}") for layer in layers]
-        lines = [line for line in lines if line[0]]
+        lines = [dict(zip(*series(metrics, f"drift/{n}/{name}"), strict=True)) for n in layers]
+        lines = [line for line in lines if line]
         if not lines:
             continue
-        steps, values = lines[0][0], zip(*(line[1] for line in lines), strict=False)
-        heights = [100 * mean(of_step) for of_step in values]
+        steps = sorted(set.intersection(*map(set, lines)))
+        heights = [100 * mean([line[step] for line in lines]) for step in steps]
         axes.plot(steps, heights, color=colour, label=name, marker=dot(steps))
     _mark_fall_backs(axes, metrics, "black")
     axes.set_ylim(0, 1.4 * axes.get_ylim()[1])  # room for the legend
@@ -124,6 +127,7 @@ def drift_figure(metrics: Sequence[Metrics], title: str) -> Figure:
 def _map(axes: Axes, metrics: Sequence[Metrics], name: str) -> None:
     """Layers upwards, probes to the right."""
     import numpy
+    from matplotlib import colormaps
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import MaxNLocator
 
@@ -138,9 +142,9 @@ def _map(axes: Axes, metrics: Sequence[Metrics], name: str) -> None:
     mesh = axes.pcolormesh(
         [*edges, steps[-1] + half],
         [n - 0.5 for n in (*layers, len(layers))],
-        numpy.where(shares > 0, shares, numpy.nan),
-        norm=LogNorm(*SPAN, clip=True),
-        cmap="viridis",
+        numpy.where(shares == 0, SPAN[0] / 2, shares.clip(*SPAN)),  # 0 is under the colours
+        norm=LogNorm(*SPAN),
+        cmap=colormaps["viridis"].with_extremes(under=BLANK, bad=NO_NUMBER),
         rasterized=True,
     )
     _mark_fall_backs(axes, metrics, "white")
@@ -149,8 +153,11 @@ def _map(axes: Axes, metrics: Sequence[Metrics], name: str) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     bar = axes.get_figure().colorbar(mesh, ax=axes, pad=0.02)  # type: ignore[union-attr]
     bar.set_ticks([1e-3, 1e-2, 1e-1, 1.0], labels=["0.1 %", "1 %", "10 %", "100 %"])
-    row, column = divmod(int(numpy.nan_to_num(shares, nan=numpy.inf).argmax()), len(steps))
-    note = f"layer {layers[row]}, step {steps[column]:.0f}: {rows[row][column]:.1%}"
+    by_step = numpy.nan_to_num(shares, nan=numpy.inf).T
+    column, row = divmod(int(by_step.argmax()), len(layers))  # the first one
+    worst = rows[row][column]
+    found = "no number" if math.isnan(worst) else f"{worst:.1%}"
+    note = f"layer {layers[row]}, step {steps[column]:.0f}: {found}"
     axes.set_title(note, loc="right", fontsize=9, fontweight="normal")
     return None
 

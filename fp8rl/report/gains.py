@@ -33,20 +33,22 @@ def _cache(run: RunData) -> list[Fact]:
     series = run.series("rollout/kv_cache_tokens")
     if series.last is None:
         return []
-    token, tokens = bytes_of_a_token(run.config, run.last_precision), f"{series.last:,.0f}"
+    token, bf16 = (bytes_of_a_token(run.config, p) for p in (run.last_precision, "bf16"))
+    tokens = f"{series.last:,.0f}"
     source = Source(
         "How many tokens of full-length requests the engine's KV cache holds at once; FP8 halves "
         "the bytes of a token, so that the same memory holds twice as many.",
         "bytes of a token = 2 x layers x KV heads x head size x bytes of a number (1 or 2)",
         (series.key,),
         "the last step",
-        "the engine's own count",
+        "tokens: the engine's own count; bytes and how many times: by arithmetic",
     )
     if run.last_precision not in FP8_CACHE:
         remark = f"{token:,} bytes a token, in BF16"
         return [Fact(tokens, "tokens of KV cache", remark, source)]
-    remark = f"{tokens} tokens, {token:,} bytes each; {2 * token:,} in BF16"
-    return [Fact("2\u00d7", "tokens in the same KV-cache memory", remark, source)]
+    remark = f"{tokens} tokens, {token:,} bytes each; {bf16:,} in BF16"
+    times = f"{bf16 / token:g}\u00d7"
+    return [Fact(times, "tokens in the same KV-cache memory", remark, source)]
 
 
 def _bytes(run: RunData) -> list[Fact]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from matplotlib.colors import to_rgba
+
+from fp8rl.plots import VERMILION
 from fp8rl.report.curves import panels
 from fp8rl.report.data import RunData
+from fp8rl.report.drift import worst_layer
 from fp8rl.report.figures import svg
 from fp8rl.report.gains import gains
 from fp8rl.report.glossary import UNDEFINED, definition
@@ -55,6 +60,35 @@ def test_layers_and_probes_are_maps_and_the_worst_cell_is_named(tmp_path: Path) 
     assert len(drawn[-1].figure.axes[0].get_lines()) == 3, "what was not measured has no line"
 
 
+def broken(step: int, line: Mapping[str, object]) -> Metrics:
+    """The same; in layers 1 and 3 nothing is a number at step 10, and layer 0 adds nothing."""
+    found = probe(step, line)
+    if step == 10:
+        found |= {f"drift/{n}/{name}": math.nan for n in (1, 3) for name in ("own", "unexplained")}
+    return found | {key: 0.0 for key in found if key.startswith("drift/0/")}
+
+
+def test_a_layer_that_is_no_number_is_the_worst_whatever_comes_before_or_after(
+    tmp_path: Path,
+) -> None:
+    run = make_run(tmp_path / "run", change=broken)
+    for lines in (run.metrics(), run.metrics()[::-1]):
+        worst = worst_layer(lines)
+        assert worst is not None
+        assert worst.words == "layer 1, step 10: no number, by unexplained"
+
+
+def test_in_a_map_what_is_no_number_has_a_colour_of_its_own_and_0_is_blank(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", change=broken)
+    for panel in list(panels(run.metrics()))[-3:-1]:
+        assert panel.note == "layer 1, step 10: no number"
+        [mesh] = panel.figure.axes[0].collections
+        painted = mesh.to_rgba(mesh.get_array())
+        assert tuple(painted[1, 2]) == tuple(painted[3, 2]) == to_rgba(VERMILION)
+        assert (painted[0, :, 3] == 0).all() and (painted[1:, :, 3] == 1).all()
+        assert not any(tuple(c) == to_rgba(VERMILION) for c in painted[2])
+
+
 def fell_back(step: int, line: Mapping[str, object]) -> Metrics:
     """The same, and for layer 2 the weights are BF16 from step 16 on, and there is no fault."""
     told: Metrics = {"drift/precision": "fp8-kv" if step < 16 else "kv-only"}
@@ -75,7 +109,7 @@ def test_a_run_that_fell_back_says_so_wherever_it_is_shown(tmp_path: Path) -> No
     assert told in PageText(run.report.read_text()).text
     other = make_run(tmp_path / "other", rollout={"precision": "bf16"})
     page = write_comparison([run.path, other.path], tmp_path / "both.html")
-    assert f"run: {told}" in PageText(page.read_text()).text
+    assert f"FP8 weights + KV, seed 0: {told}" in PageText(page.read_text()).text
     for panel in list(panels(run.metrics()))[-3:]:
         [mark] = [x for x in panel.figure.axes[0].get_lines() if x.get_label() == "-> kv-only"]
         assert list(mark.get_xdata()) == [15.5, 15.5]
@@ -95,6 +129,7 @@ def test_what_a_cache_holds_is_told_in_the_precision_that_it_ended_in(tmp_path: 
         )
         first = gains(RunData.load(run.path))[0]
         assert ("2\u00d7" in first.number) == (after == "kv-only"), first
+        assert "how many times: by arithmetic" in first.source.reference
 
 
 def test_a_run_without_probes_has_neither_panels_nor_picture(tmp_path: Path) -> None:
