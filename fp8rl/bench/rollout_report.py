@@ -188,7 +188,7 @@ def _draw_ratio(axes: Any, result: BenchResult, rows: Rows) -> None:
 
 
 def _draw_goal(axes: Any, result: BenchResult, rows: Rows) -> None:
-    """A line over the batches that have the goal, with its name at the end."""
+    """A line over the batches that have the goal, with its name below the end."""
     names = {row["batch"]: f"{FP8} / {BF16}, tokens/s, {point_name(_point(row))}" for row in rows}
     aimed = [
         b for b, n in names.items() if n in result.ratios and result.ratios[n].goal == SMALL_GOAL
@@ -197,7 +197,15 @@ def _draw_goal(axes: Any, result: BenchResult, rows: Rows) -> None:
         return
     first, last = 0.8 * min(aimed), max(aimed)
     axes.hlines(SMALL_GOAL, first, last, color="black", linestyle=":", linewidth=1)
-    axes.annotate(f" goal {SMALL_GOAL:g}", (last, SMALL_GOAL), fontsize=8, va="center")
+    axes.annotate(
+        f"goal {SMALL_GOAL:g}",
+        (last, SMALL_GOAL),
+        (-3, -2),  # below its end, between two batches
+        textcoords="offset points",
+        fontsize=8,
+        ha="right",
+        va="top",
+    )
 
 
 def _draw_speed(axes: Any, rows: Rows, key: str, label: str) -> None:

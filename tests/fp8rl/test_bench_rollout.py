@@ -202,7 +202,7 @@ def test_the_line_of_a_goal_ends_where_the_goal_does_and_is_named_there() -> Non
         named = [text for text in axes.texts if "goal" in text.get_text()]
         assert [[x for x, _ in c.get_segments()[0]] for c in dotted] == ([ends] if ends else [])
         assert [(text.get_text(), text.xy) for text in named] == (
-            [(" goal 1.25", (8, 1.25))] if ends else []
+            [("goal 1.25", (8, 1.25))] if ends else []
         )
 
 
