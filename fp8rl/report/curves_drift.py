@@ -2,7 +2,7 @@
 
 Two maps of layers by probes, and the sources in the mean over layers, at the probes in which all of
 them are numbers. In the maps colours are of a logarithmic scale, what is exactly 0 is left blank,
-and what is no number (NaN) is vermilion. A dashed line is where the run fell back.
+and NaN is vermilion. A dashed line is where the run fell back.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def _map(axes: Axes, metrics: Sequence[Metrics], name: str) -> None:
     by_step = numpy.nan_to_num(shares, nan=numpy.inf).T
     column, row = divmod(int(by_step.argmax()), len(layers))  # the first one
     worst = rows[row][column]
-    found = "no number" if math.isnan(worst) else f"{worst:.1%}"
+    found = "NaN" if math.isnan(worst) else f"{worst:.1%}"
     note = f"layer {layers[row]}, step {steps[column]:.0f}: {found}"
     axes.set_title(note, loc="right", fontsize=9, fontweight="normal")
     return None

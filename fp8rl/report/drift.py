@@ -29,7 +29,7 @@ class WorstLayer:
     @property
     def words(self) -> str:
         """``layer 2, step 20: 42 % of what it adds, by unexplained``."""
-        share = "no number" if math.isnan(self.own) else f"{percent(self.own)} of what it adds"
+        share = "NaN" if math.isnan(self.own) else f"{percent(self.own)} of what it adds"
         return f"layer {self.layer}, step {self.step}: {share}, by {self.cause}"
 
 

@@ -41,6 +41,7 @@ class Curve:
 
 
 CURVES = (
+    Curve("reward/heldout_trainer", "Held-out reward, exact", "mean probability"),
     Curve("reward/heldout", "Held-out reward", "mean reward"),
     Curve("reward/train", "Training reward", "mean reward"),
     Curve(

@@ -226,6 +226,7 @@ def test_the_exact_reward_is_compared_where_every_run_has_it(tmp_path: Path) -> 
     assert [reward(runs).of(run) for run in runs] == [0.5] * 4
     text = said(exact, tmp_path / "page.html")  # of the sampled reward FP8 loses 0.2
     assert "Held-out reward +0 against BF16: no difference that matters" in text
+    assert "Held-out reward, exact" in text, "what is judged is drawn"
     older = a_run(tmp_path / "older", rollout=FP8, seed=2)
     assert reward([*runs, RunData.load(older)]).source.keys == (SAMPLED,)
 

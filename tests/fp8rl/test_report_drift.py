@@ -75,13 +75,13 @@ def test_a_layer_that_is_no_number_is_the_worst_whatever_comes_before_or_after(
     for lines in (run.metrics(), run.metrics()[::-1]):
         worst = worst_layer(lines)
         assert worst is not None
-        assert worst.words == "layer 1, step 10: no number, by unexplained"
+        assert worst.words == "layer 1, step 10: NaN, by unexplained"
 
 
 def test_in_a_map_what_is_no_number_has_a_colour_of_its_own_and_0_is_blank(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", change=broken)
     for panel in list(panels(run.metrics()))[-3:-1]:
-        assert panel.note == "layer 1, step 10: no number"
+        assert panel.note == "layer 1, step 10: NaN"
         [mesh] = panel.figure.axes[0].collections
         painted = mesh.to_rgba(mesh.get_array())
         assert tuple(painted[1, 2]) == tuple(painted[3, 2]) == to_rgba(VERMILION)
