@@ -96,7 +96,7 @@ def test_layers_differ_so_that_none_can_stand_for_another(ranks: list[dict[str, 
     ("mistake", "named"),
     [
         ("a layer left out", r"KVScaleError: layers \[2\] of 4 .* layer 2: q saw \d+ of 57 tokens"),
-        ("nan", "KVScaleError: NaN or Inf .* layer 1 k head 0"),
+        ("nan", "NonFiniteKVError: NaN or Inf .* layer 1 k head 0"),
         ("another shape", r"ShardError: .*layers=4, .* rank 2 has .*layers=5, "),
         ("another kind", "ShardError: .* rank 0 .* with a histogram' where rank 1 .* without a"),
     ],
