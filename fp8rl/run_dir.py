@@ -4,7 +4,7 @@
     metrics.jsonl   one flat JSON object a step, on disk before ``append`` returns
     checkpoints/    see ``checkpoint.py``
     engine.log      what the rollout engine printed
-    curves.png, report.html, result.json   written at the end, see ``report.py``
+    curves.png, report.html, result.json   written at the end, see ``report/``
 
 A run may be killed at any moment. A line of metrics counts once it is whole; a torn last line is
 dropped. Every other file is written beside its place and renamed into it.

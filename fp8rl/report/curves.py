@@ -236,21 +236,22 @@ def gradients(axes: Axes, metrics: Sequence[Metrics]) -> None:
     """The norm of the gradient before clipping."""
     axes.set_title("Gradient norm")
     axes.set_ylabel("before clipping")
-    steps, norms = series(metrics, "grad_norm")
-    if not steps:
-        return missing(axes, "no gradient norms")
-    axes.plot(steps, norms, color=BLUE, marker=dot(steps))
-    axes.set_ylim(bottom=0)
+    _from_zero(axes, metrics, "grad_norm", "no gradient norms")
 
 
 def entropy(axes: Axes, metrics: Sequence[Metrics]) -> None:
     """The entropy of the trainer's policy on its rollouts."""
     axes.set_title("Entropy of the policy")
     axes.set_ylabel("nats a token")
-    steps, nats = series(metrics, "policy/entropy")
+    _from_zero(axes, metrics, "policy/entropy", "entropy was not measured")
+
+
+def _from_zero(axes: Axes, metrics: Sequence[Metrics], key: str, absent: str) -> None:
+    """One metric over the steps, from 0 up; ``absent`` is said where no step has it."""
+    steps, values = series(metrics, key)
     if not steps:
-        return missing(axes, "entropy was not measured")
-    axes.plot(steps, nats, color=BLUE, marker=dot(steps))
+        return missing(axes, absent)
+    axes.plot(steps, values, color=BLUE, marker=dot(steps))
     axes.set_ylim(bottom=0)
 
 

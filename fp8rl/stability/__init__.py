@@ -6,7 +6,8 @@ lane        a process that does runs in turn, with an engine that it keeps where
 execute     lanes side by side until every run has ended; progress; Ctrl-C
 measure     the numbers of one run
 collapse    has a run collapsed, when, and what was out of bounds before
-verdict     an arm against its baseline: same, worse, better or undecided
 claims      the paper's claims beside what was measured
 result, picture, page, command   what is written and printed
+
+An arm is held against its baseline by ``report/equivalence.py``: same, worse, better or undecided.
 """

@@ -150,6 +150,18 @@ def test_an_ended_run_without_its_evaluations_has_no_reward(path: Path, tmp_path
         measure(run, 2)
 
 
+def test_a_broken_run_is_told_after_the_study_and_is_no_usage_error(
+    path: Path, tmp_path: Path
+) -> None:
+    for run in plan(path, tmp_path / "out").runs:
+        run.folder.create(run.config.run_dir, dump_config(run.config))
+        run.folder.append({"step": 0, "reward/heldout_trainer": 0.5})
+        run.folder.write_result({})
+    told = CliRunner().invoke(app, ["stability", str(path), f"--out={tmp_path / 'out'}"])
+    assert told.exit_code == 1
+    assert "seed-0: the run has ended, but its metrics have no reward/heldout" in told.output
+
+
 def test_the_command_says_what_it_cannot_do_before_anything_starts(
     path: Path, tmp_path: Path
 ) -> None:

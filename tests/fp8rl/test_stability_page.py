@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,12 @@ def test_the_result_says_what_became_of_each_arm(written: dict[str, Any], result
     assert len(written["rows"]) == 12
     [tis, *_] = written["claims"]
     assert tis["answer"] == "reproduced"
+
+
+def test_an_arm_collapses_only_where_its_baseline_does_less(result: Result) -> None:
+    assert result.collapses("fp8") and not result.collapses("fp8-tis")
+    both = replace(result, rows=dict(result.rows) | {"bf16": result.rows["fp8"]})
+    assert len(both.collapsed("fp8")) == 3 and not both.collapses("fp8")
 
 
 def test_the_reward_is_of_the_last_evaluations_and_0_where_numbers_broke(

@@ -119,6 +119,7 @@ def linear_errors(linear: Any, weights: dict[str, Tensor], tokens: int) -> dict[
     found = linear.quant_method.apply(linear, x).double()
     exact = rounded(x) @ w.T
     allowed = 2.0**-8 * exact.abs() + 2.0**-18 * (rounded(x).abs() @ w.abs().T)
+    assert found.is_contiguous(), "vLLM's kernels on a CPU read rows"
     return {
         "W8A8": error(found, exact),
         "W8A16": error(found, unrounded(x) @ w.T),
